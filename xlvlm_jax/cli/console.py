@@ -17,6 +17,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.status import Status
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -25,6 +26,13 @@ if TYPE_CHECKING:
 # Answers, words and file names are text: "[/INST] yes" and "[a dog]" are not markup.
 console = Console(markup=False, emoji=False)
 errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+
+def spinner(text: str) -> Status:
+    """Returns a spinner with a text, which is not read as markup; use as a context manager."""
+    # `Console.status` reads markup even where the console does not.
+    return console.status(Text(text))
+
 
 Model = Annotated[
     str,
@@ -182,7 +190,7 @@ def load_model(
     from ports.checkpoint import hub
     from xlvlm_jax.demo import embedded
 
-    with console.status(f"loading {model}"):
+    with spinner(f"loading {model}"):
         placed = None
         if mesh is not None:
             # Hosts that hold the whole model need not wait for each other.
@@ -300,13 +308,13 @@ class _Rate(ProgressColumn):
 def progress_bars() -> Progress:
     """Returns progress bars with rate, remaining time and a note; use as a context manager."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         _Rate(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         console=console,
     )
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from xlvlm_jax.cli.console import Model, console, load_model
+from xlvlm_jax.cli.console import Model, console, load_model, spinner
 
 # Files beside the weights that describe them, the processor and the tokenizer.
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model")
@@ -25,7 +25,7 @@ def convert(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists and is not empty; name a new directory")
     vlm = load_model(model, dtype)
-    with console.status(f"writing {output}"):
+    with spinner(f"writing {output}"):
         _write(vlm, output)
     size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     console.print(f"{size / 1e9:,.3f} GB in {output}", highlight=False)

@@ -196,7 +196,7 @@ def _encode(
 ) -> None:
     """Writes the features of a sparse autoencoder from files as concepts of each site."""
     from xlvlm_jax import sae
-    from xlvlm_jax.concepts.stage import encode_features
+    from xlvlm_jax.concepts.stage import encode_features, rows_to_encode
 
     if options:
         raise ValueError(
@@ -205,24 +205,28 @@ def _encode(
     loaded = sae.load(dictionary)
     for name, directory in places.items():
         if dry_run:
-            _show_encoding(features.stored(name), loaded, directory, stream)
+            rows, _ = rows_to_encode(features, loaded, name, **other)
+            _show_encoding(rows.shape, features.stored(name).dtype, loaded, directory, stream)
             continue
         concepts = encode_features(features, directory, loaded, site=name, stream=stream, **other)
         _show_autoencoder(concepts, directory)
 
 
-def _show_encoding(stored: Any, dictionary: Any, output: Path, stream: bool) -> None:
-    """Prints what --dry-run says about encoding one site's matrix."""
+def _show_encoding(
+    shape: tuple[int, int], dtype: Any, dictionary: Any, output: Path, stream: bool
+) -> None:
+    """Prints what --dry-run says about encoding rows [N, D]."""
     from xlvlm_jax import Concepts
 
-    N, D = stored.shape[:2]
-    K = len(Concepts.from_dictionary(dictionary).components)
-    matrix, activations = N * D * stored.dtype.itemsize, 4 * N * K
+    N, D = shape
+    components = Concepts.from_dictionary(dictionary).components
+    K = len(components)
+    matrix, activations = N * D * dtype.itemsize, 4 * N * K
     process = peak_memory() + (0 if stream else matrix + activations)
     console.print(
-        f"[{N}, {D}] of {stored.dtype}: {matrix / 1e9:,.3f} GB; {K} features; process memory at "
+        f"[{N}, {D}] of {dtype}: {matrix / 1e9:,.3f} GB; {K} features; process memory at "
         f"least {process / 1e9:,.1f} GB; writes {activations / 1e6:,.1f} MB of activations and "
-        f"{4 * D * K / 1e6:,.1f} MB of components to {output}"
+        f"{4 * components.size / 1e6:,.1f} MB of components to {output}"
     )
 
 

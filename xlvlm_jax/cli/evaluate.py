@@ -145,7 +145,8 @@ def evaluate(
     if dry_run:
         vlm = load_model(model, dtype, abstract=True, adapter=adapter)
         vlm = as_it_generates(vlm, ignore_generation_config)
-        show_preflight(vlm, samples, 1 + len(conditions), measured, max_new_tokens, batch_size)
+        count = len(conditions) + (baseline is None)
+        show_preflight(vlm, samples, count, measured, max_new_tokens, batch_size)
         return
     refuse_existing(output, overwrite)
     vlm = as_it_generates(load_model(model, dtype, adapter=adapter), ignore_generation_config)

@@ -217,7 +217,7 @@ def parse_task(
     from xlvlm_jax.data.amber import word_lists
     from xlvlm_jax.data.mmsb import REFUSALS
     from xlvlm_jax.data.words import named_words
-    from xlvlm_jax.steering.fit import OUTCOME
+    from xlvlm_jax.steering.fit import EVERYTHING, OUTCOME
 
     fitted = vectors[0].source if vectors else {}
     if fitted.get("key") == OUTCOME:
@@ -237,6 +237,13 @@ def parse_task(
         return kind(counted, java, "scenes" if dataset == "scenes" else "coco")
     if words is not None:
         raise ValueError("--words applies to captions; use --source and --target for questions")
+    if source is None and tuple(fitted.get("source") or ()) == EVERYTHING:
+        if task not in ("pope", "descriptions"):  # these need no words
+            raise ValueError(
+                "the vector was fitted on every sample (--source '*'), which names no answers to "
+                "steer from; give --source and --target"
+            )
+        fitted = {}
     sources, targets = (
         tuple(fitted.get(name) or ()) if text is None else tuple(text.split(","))
         for name, text in (("source", source), ("target", target))

@@ -10,7 +10,7 @@ from rich.table import Table
 def show(summary: Mapping[str, Any], console: Console) -> None:
     """Prints the scores and changes under each condition, and what a sweep chose."""
     if "sweep" in summary:
-        _show_chosen(summary["sweep"], console)
+        _show_chosen(summary, console)
     if summary["kind"] == "vqa":
         _show_questions(summary["conditions"], summary["protocol"], console)
     else:
@@ -145,31 +145,61 @@ def _show_captions(conditions: Mapping[str, Any], console: Console) -> None:
     for metric in ("CHAIR", "AMBER"):
         if metric in conditions["plain"]:
             _show_protocols(metric, conditions, console)
-    if left_out := conditions["plain"]["scores"]["left out"]:
-        reasons = "; ".join(f"{name}, {reason}" for name, reason in left_out.items())
-        console.print(f"left out: {reasons}", style="dim")
+    usual = conditions["plain"]["scores"].get("left out", {})
+    for name, measured in conditions.items():
+        reasons = measured["scores"].get("left out", {})
+        told = [
+            f"{metric}, {reason}"
+            for metric, reason in reasons.items()
+            if name == "plain" or usual.get(metric) != reason
+        ]
+        if told:
+            of = "" if name == "plain" else f"{name}, "
+            console.print(f"{of}left out: {'; '.join(told)}", style="dim")
 
 
 def _score(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _show_chosen(sweep: Mapping[str, Any], console: Console) -> None:
-    from xlvlm_jax.evaluation.sweep import Quantity
+def _show_chosen(summary: Mapping[str, Any], console: Console) -> None:
+    from xlvlm_jax.evaluation.hallucination_tasks import quantities_of
+    from xlvlm_jax.evaluation.sweep import OFF_TARGET
 
-    chosen = sweep["chosen"]
-    effect, cost = (Quantity(**sweep["quantities"][name]) for name in ("effect", "cost"))
+    sweep = summary["sweep"]
+    chosen, trials = sweep["chosen"], sweep["trials"]
+    quantities = {**quantities_of(summary), "off_target": OFF_TARGET}
+
+    def shown(name: str, limit: str | None = None) -> str:
+        return quantities[name].shown(sweep[limit] if limit else chosen[name])
+
+    by_budget = "axis" in sweep  # a sweep over methods knows no wanted effect
+    against = sweep["axis"] if by_budget else "cost"
+    several = len({trial.get("vector") for trial in trials}) > 1
+    vector = f", vector {chosen['vector']}" if several else ""
+    figures = (f"{quantities[name].name} {shown(name)}" for name in ("effect", against))
     console.print(
-        f"best of {len(sweep['trials'])} trials on {sweep.get('split', 'another split')}: "
-        f"{', '.join(chosen['sites'])}, alpha {chosen['alpha']:g}, where {chosen['where']}: "
-        f"{effect.name} {effect.shown(chosen['effect'])}, {cost.name} {cost.shown(chosen['cost'])}"
+        f"best of {len(trials)} trials on {sweep.get('split', 'another split')}: "
+        f"{', '.join(chosen['sites'])}{vector}, alpha {chosen['alpha']:g}, where "
+        f"{chosen['where']}: {', '.join(figures)}"
     )
-    if chosen["effect"] < sweep["wanted"] or chosen["cost"] > sweep["max_cost"]:
-        console.print(
-            f"no trial reached the wanted effect ({effect.shown(sweep['wanted'])}) within the "
-            f"maximum cost ({cost.shown(sweep['max_cost'])}); see sweep.svg",
-            style="yellow",
-        )
+    missed = None
+    if by_budget:
+        if _exceeds(chosen[against], sweep["budget"]):
+            limit = f"{quantities[against].name}: {shown(against, 'budget')}"
+            missed = f"no trial is within the budget ({limit}); see tradeoff.svg"
+    elif _exceeds(sweep["wanted"], chosen["effect"]) or _exceeds(chosen["cost"], sweep["max_cost"]):
+        missed = f"no trial reached the wanted effect ({shown('effect', 'wanted')})"
+        if sweep["max_cost"] is not None:
+            missed += f" within the maximum cost ({shown('cost', 'max_cost')})"
+        missed += "; see sweep.svg"
+    if missed is not None:
+        console.print(missed, style="yellow")
+
+
+def _exceeds(value: float | None, limit: float | None) -> bool:
+    """Returns whether a value is more than a limit, if both are known."""
+    return value is not None and limit is not None and value > limit
 
 
 def _accuracies(score: Mapping[str, float], first: str, others: Sequence[str]) -> str:

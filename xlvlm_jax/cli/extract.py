@@ -20,6 +20,7 @@ from xlvlm_jax.cli.console import (
     parse_mesh,
     parse_where,
     progress_bars,
+    refuse_given,
     show_skipped,
 )
 from xlvlm_jax.cli.protocol import Protocol
@@ -40,6 +41,7 @@ from xlvlm_jax.cli.sample_options import (
 
 
 def extract(
+    context: typer.Context,
     model: Model,
     data: Annotated[Path, typer.Argument(help="Directory of the data set.")],
     output: Annotated[Path, typer.Option(help="Directory of features to write.")],
@@ -178,6 +180,8 @@ def extract(
     Run the same command again to resume an interrupted run.
     """
     resumes()
+    if not vector:
+        refuse_given(context, ("alpha", "where"), "without --vector")
     join_hosts(hosts)
     from xlvlm_jax import features as module
     from xlvlm_jax.data import select

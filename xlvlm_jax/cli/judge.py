@@ -14,6 +14,7 @@ from xlvlm_jax.cli.console import (
     progress_bars,
     refuse_existing,
     require_counts,
+    spinner,
 )
 from xlvlm_jax.cli.evaluate_options import Dtype
 
@@ -54,7 +55,7 @@ def judge(
     require_counts(max_new_tokens=max_new_tokens, batch_size=batch_size)
     told = evaluation.CHAT if chat is None else evaluation.read_chat(chat)
     evaluation.chats_of(evaluation.read_run(run), told)  # checked before the judge is loaded
-    with console.status(f"loading {model}"):
+    with spinner(f"loading {model}"):
         judging = ports.load_text(model, dtype=dtype)
     with progress_bars() as progress:
         summary = evaluation.judge_run(

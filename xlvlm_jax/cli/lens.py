@@ -12,11 +12,14 @@ from xlvlm_jax.cli.console import (
     load_model,
     parse_where,
     refuse_existing,
+    refuse_given,
     require_counts,
+    spinner,
 )
 
 
 def lens(
+    context: typer.Context,
     model: Model,
     image: Annotated[Path, typer.Argument(help="The picture.")],
     prompt: Annotated[
@@ -58,6 +61,8 @@ def lens(
     from xlvlm_jax.report.lens_page import write_lens_page
     from xlvlm_jax.storage import atomic
 
+    if not vector:
+        refuse_given(context, ("alpha", "where"), "without --vector")
     for file in (output, arrays):
         if file is not None:
             refuse_existing(file, overwrite)
@@ -73,7 +78,7 @@ def lens(
     vlm = load_model(model, dtype)
     inputs = vlm.process([vlm.render(prompt)], [picture])
     edits = steered.edits(vlm, inputs)
-    with console.status("reading the layers"):
+    with spinner("reading the layers"):
         run = run_lens(
             vlm,
             inputs,

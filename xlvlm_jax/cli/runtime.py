@@ -16,7 +16,7 @@ from rich.errors import LiveError
 from rich.status import Status
 from typer.core import TyperCommand
 
-from xlvlm_jax.cli.console import console
+from xlvlm_jax.cli.console import console, spinner
 from xlvlm_jax.storage import atomic
 
 Hosts = Annotated[
@@ -71,7 +71,7 @@ def saying_compilations() -> Iterator[None]:
     turning: list[Status] = []
 
     def began(name: str) -> None:
-        status = console.status(f"compiling {name}")
+        status = spinner(f"compiling {name}")
         try:
             status.start()
             turning.append(status)

@@ -23,6 +23,7 @@ from xlvlm_jax.cli.console import (
     progress_bars,
     refuse_given,
     show_skipped,
+    spinner,
 )
 from xlvlm_jax.cli.protocol import Protocol
 
@@ -205,7 +206,7 @@ def _scorer(
     judge, encoder = None, None
     if bert is not None:
         said = captions(features)  # before anything is loaded
-        with console.status(f"loading {bert}"):
+        with spinner(f"loading {bert}"):
             judge = bert_port.load_text_encoder(bert)
         layer = metrics.default_layer(judge) if layer is None else layer
         judge = metrics.BertScorer(
@@ -215,9 +216,9 @@ def _scorer(
             baseline=None if baseline is None else metrics.read_baseline(baseline, layer),
         )
     if clip is not None:
-        with console.status(f"loading {clip}"):
+        with spinner(f"loading {clip}"):
             encoder = clip_port.load_dual_encoder(embedded.CLIP if clip == "embedded" else clip)
-    with console.status("reading and encoding the samples"):
+    with spinner("reading and encoding the samples"):
         return Scorer(features, site, clip=encoder, bert=judge, seed=seed, strict=strict)
 
 

@@ -18,6 +18,7 @@ from xlvlm_jax.cli.console import (
     load_model,
     refuse_existing,
     require_counts,
+    spinner,
 )
 from xlvlm_jax.cli.protocol import Protocol
 
@@ -128,7 +129,7 @@ def shift(
     other = load_model(finetuned_model) if finetuned_model else None
     if adapter:
         other = load_model(model, adapter=adapter)
-    with console.status("analysing"):
+    with spinner("analysing"):
         analysis = shift_features(
             before,
             after,

@@ -201,7 +201,7 @@ def apply(
         others = samples_to_choose_on(samples, of, choose_on, num_choose)
         measured.require_trial(others)
     if dry_run:  # with --choose-on of one condition, besides plain answers and an instruction
-        count = (1 if others else len(tried)) + 1 + (instruction is not None)
+        count = (1 if others else len(tried)) + (baseline is None) + (instruction is not None)
         shapes = load_model(model, dtype, abstract=True, adapter=adapter)
         vlm = as_it_generates(shapes, ignore_generation_config)
         show_preflight(vlm, samples, count, measured, max_new_tokens, batch_size)

@@ -22,6 +22,7 @@ from xlvlm_jax.cli.console import (
     parse_where,
     progress_bars,
     refuse_existing,
+    refuse_given,
     require_counts,
 )
 from xlvlm_jax.cli.evaluate import finish
@@ -149,8 +150,7 @@ def sweep(
     from xlvlm_jax.report.steering_figures import plot_tradeoff
 
     runtime.resumes()
-    require_counts(max_new_tokens=max_new_tokens, batch_size=batch_size, num_samples=num_samples)
-    require_counts(at_once=at_once)
+    _check_options(context)
     if not (output / "sweep.json").is_file():
         refuse_existing(output, overwrite)
     if features is None and not vector:
@@ -191,7 +191,7 @@ def sweep(
         }
         limits: dict[str, Any] = {"budget": budget, "axis": budget_of, "at_once": at_once}
         found = evaluation.run_sweep(vlm, others, measured, tried, output, **limits, **options)
-        _show(found)
+        _show(found, measured)
         conditions = _save_best(found, output / "vectors")
         tried_on = found.describe(measured, split=choose_on, samples=len(others))
         if split is None:
@@ -205,6 +205,18 @@ def sweep(
             *(vlm, samples, measured, output, conditions), about=about, sweep=tried_on, **options
         )
     finish(summary, output)
+
+
+def _check_options(context: typer.Context) -> None:
+    """Checks, before anything is fitted, counts and options that have no effect."""
+    given = context.params
+    counts = ("max_new_tokens", "batch_size", "num_samples", "at_once")
+    require_counts(**{name: given[name] for name in counts})
+    if given["features"] is None and given["vector"]:
+        of_fits = ("method", "site", "fit_source", "fit_target")
+        refuse_given(context, of_fits, "without --features")
+    if given["split"] is None:
+        refuse_given(context, ("instruction", "num_samples"), "without --split")
 
 
 def _fit(
@@ -281,13 +293,17 @@ def _save_best(found: Any, directory: Path) -> dict[str, Any]:
     return conditions
 
 
-def _show(found: Any) -> None:
+def _show(found: Any, task: Any) -> None:
     """Prints each method's best trial."""
     from rich.table import Table
 
-    limit = "" if math.isinf(found.budget) else f", {found.axis} at most {found.budget:g}"
-    table = Table("method", "site", "alpha", "effect", "off target", "cost")
-    table.title = f"best of each method{limit}"
+    from xlvlm_jax.evaluation.sweep import OFF_TARGET
+
+    quantities = {"effect": task.effect, "off_target": OFF_TARGET, "cost": task.cost}
+    of_budget = quantities[found.axis]
+    limit = f", {of_budget.name}: at most {of_budget.shown(found.budget)}"
+    table = Table("method", "site", "alpha", *(each.name for each in quantities.values()))
+    table.title = f"best of each method{'' if math.isinf(found.budget) else limit}"
     for name in dict.fromkeys(found.methods):
         trial = found.chosen(name)
         told = trial.describe()
@@ -296,6 +312,6 @@ def _show(found: Any) -> None:
             name + mark,
             " + ".join(told["sites"]),
             f"{trial.condition.alpha:g}",
-            *(f"{getattr(trial, each):.3f}" for each in ("effect", "off_target", "cost")),
+            *(quantity.shown(told[each]) for each, quantity in quantities.items()),
         )
     console.print(table)

@@ -63,14 +63,8 @@ def encode(
         ValueError: Z is not a matrix of finite real numbers, or has another width.
     """
     Z = narrow(as_matrix(Z, "Z", row="sample"))
-    N, D = Z.shape
-    if dictionary.width != D:
-        both = dictionary.settings.widths
-        raise ValueError(
-            f"Z has {D} columns but the concepts have {dictionary.width}; project states from the "
-            "site and model that the concepts were learnt on"
-            + (f": of both sources side by side, {both[0]} and {both[1]} wide" if both else "")
-        )
+    N = Z.shape[0]
+    _check_width(dictionary, Z.shape[1])
     if isinstance(Z, Tracer):
         return _encode(dictionary, Z)
     check_finite(Z, "Z", first_row)
@@ -122,13 +116,9 @@ def encode_all(
         ValueError: a row is not finite, or of another width.
     """
     N, K = Z.shape[0], len(dictionary.components)
-    settings, D, E = dictionary.settings, dictionary.width, dictionary.params["W_dec"].shape[1]
+    settings, D = dictionary.settings, dictionary.width
+    check_columns(dictionary, Z.shape[1])
     known = not settings.is_transcoder or Z.shape[1] != D
-    if settings.is_transcoder and known and Z.shape[1] != D + E:
-        raise ValueError(
-            f"the states of both sites have {Z.shape[1]} columns; expected {D} to encode and {E} "
-            "to compare with"
-        )
     centre = np.asarray(dictionary.params["b_dec"], np.float64)
     unit = np.repeat(settings.scales, settings.widths) if settings.is_crosscoder else 1.0
     left = squares = active = 0.0
@@ -153,6 +143,32 @@ def encode_all(
         l0=active / N,
         dead_share=float(1 - alive.mean()),
     )
+
+
+def check_columns(dictionary: Dictionary, columns: int) -> None:
+    """Checks that a dictionary encodes rows of so many columns, see `encode_all`.
+
+    Raises:
+        ValueError: it does not.
+    """
+    D, E = dictionary.width, dictionary.params["W_dec"].shape[1]
+    if not dictionary.settings.is_transcoder or columns == D:
+        _check_width(dictionary, columns)
+    elif columns != D + E:
+        raise ValueError(
+            f"the states of both sites have {columns} columns; expected {D} to encode and {E} "
+            "to compare with"
+        )
+
+
+def _check_width(dictionary: Dictionary, columns: int) -> None:
+    if dictionary.width != columns:
+        both = dictionary.settings.widths
+        raise ValueError(
+            f"Z has {columns} columns but the concepts have {dictionary.width}; project states "
+            "from the site and model that the concepts were learnt on"
+            + (f": of both sources side by side, {both[0]} and {both[1]} wide" if both else "")
+        )
 
 
 def _blocks(

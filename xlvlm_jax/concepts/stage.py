@@ -23,7 +23,7 @@ from ports.messages import counted
 from ports.parallel import hosts
 from xlvlm_jax import sae
 from xlvlm_jax.concepts.decomposition import decompose, decompose_stored
-from xlvlm_jax.concepts.encoding import encode_all
+from xlvlm_jax.concepts.encoding import check_columns, encode_all
 from xlvlm_jax.concepts.grounding import (
     ground_text,
     is_before_norm,
@@ -249,23 +249,10 @@ def encode_features(
         ValueError: the features do not have the site, or states of another width, or the dictionary
             has no concepts of rows.
     """
-    site = choose_site(features, site)
-    layers = layer_of(dictionary.site or ""), layer_of(site)
-    if None not in layers and layers[0] != layers[1]:
-        warnings.warn(
-            f"the dictionary was learnt at {dictionary.site}, but the states are of {site}; choose "
-            "the site of the same layer",
-            stacklevel=2,
-        )
-    began, stored = time.perf_counter(), features.stored(site)
-    source, rows = _source(features, site), stored
-    if target is not None or target_site is not None or dictionary.settings.is_crosscoder:
-        how = method_named(dictionary.method)
-        if (paired := paired_with(how, features, site, target, target_site)) is not None:
-            rows, _ = side_by_side(stored, paired.stored)
-            source |= {("target" if paired.writes else "other"): paired.source}
+    began = time.perf_counter()
+    rows, source = rows_to_encode(features, dictionary, site, target, target_site)
     concepts = Concepts.from_dictionary(dictionary, source=source)
-    shape = stored.shape[0], len(concepts.components)
+    shape = rows.shape[0], len(concepts.components)
     with contextlib.ExitStack() as stack:
         if stream:
             kept = stack.enter_context(StoredActivations(output, *shape))
@@ -286,6 +273,40 @@ def encode_features(
         )
         concepts.save(output)
     return concepts
+
+
+def rows_to_encode(
+    features: Features,
+    dictionary: sae.Dictionary,
+    site: str | None = None,
+    target: Features | None = None,
+    target_site: str | None = None,
+) -> tuple[Any, dict[str, Any]]:
+    """Returns the rows that `encode_features` encodes, not read yet, and where they come from.
+
+    Args:
+        features, dictionary, site, target, target_site: as for `encode_features`.
+
+    Raises:
+        ValueError: as `encode_features`.
+    """
+    site = choose_site(features, site)
+    layers = layer_of(dictionary.site or ""), layer_of(site)
+    if None not in layers and layers[0] != layers[1]:
+        warnings.warn(
+            f"the dictionary was learnt at {dictionary.site}, but the states are of {site}; choose "
+            "the site of the same layer",
+            stacklevel=3,
+        )
+    rows: Any = features.stored(site)
+    source = _source(features, site)
+    if target is not None or target_site is not None or dictionary.settings.is_crosscoder:
+        how = method_named(dictionary.method)
+        if (paired := paired_with(how, features, site, target, target_site)) is not None:
+            rows, _ = side_by_side(rows, paired.stored)
+            source |= {("target" if paired.writes else "other"): paired.source}
+    check_columns(dictionary, rows.shape[1])
+    return rows, source
 
 
 def layer_of(site: str) -> int | None:

@@ -3,8 +3,9 @@
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from xlvlm_jax.data import files
 from xlvlm_jax.data.sample import Sample
@@ -21,8 +22,8 @@ def read_baseline(path: str | os.PathLike[str], samples: Sequence[Sample]) -> li
 
     Raises:
         FileNotFoundError: there is no such run.
-        ValueError: the file has another form, or lacks a sample, or the evaluation is of another
-            format version.
+        ValueError: the file has another form, or lacks a sample, or the evaluation is of other
+            questions with the same IDs, as the files of POPE have, or of another format version.
     """
     path = Path(path)
     file = path / "predictions.jsonl" if path.is_dir() else path
@@ -32,12 +33,18 @@ def read_baseline(path: str | os.PathLike[str], samples: Sequence[Sample]) -> li
             "XL-VLMs (.json)"
         )
     unreadable: dict[str, str] = {}
+    asked: dict[str, str | None] = {}
     try:
         if (summary := path / "summary.json").is_file():
             told = files.read_json(summary)
             versions.require(summary, told, "evaluate again")
             unreadable = dict(told.get("unreadable", {}))
-        answers = _own(file) if file.suffix == ".jsonl" else json.loads(file.read_text("utf-8"))
+        if file.suffix == ".jsonl":
+            lines = _lines(file)
+            answers = {line["id"]: line["predictions"]["plain"] for line in lines}
+            asked = {line["id"]: line.get("question") for line in lines}
+        else:
+            answers = json.loads(file.read_text("utf-8"))
         if not isinstance(answers, dict):
             raise TypeError(f"a {type(answers).__name__}")
     except versions.UnknownVersionError:
@@ -53,30 +60,52 @@ def read_baseline(path: str | os.PathLike[str], samples: Sequence[Sample]) -> li
                 f"{file}: has no answer to sample {sample.id!r}; evaluate the same samples, or "
                 "omit the baseline"
             )
+        before, now = asked.get(sample.id), sample.metadata.get("question")
+        if None not in (before, now) and before != now:
+            raise ValueError(
+                f"{file}: sample {sample.id!r} is another question, {before!r:.80} instead of "
+                f"{now!r:.80}; give a baseline of the same questions, or omit it"
+            )
     return [None if answer is None else str(answer).strip() for answer in found]
 
 
 def warn_of_others(
-    path: str | os.PathLike[str], samples: Sequence[Sample], **settings: str | int | None
+    path: str | os.PathLike[str],
+    samples: Sequence[Sample],
+    *,
+    about: Mapping[str, Any] | None = None,
+    **settings: Any,
 ) -> None:
-    """Warns if an earlier run's plain answers are of other prompts or settings.
+    """Warns if an earlier run's plain answers are of other prompts, another model or settings.
 
     Args:
         path: as for `read_baseline`; only a directory of `xlvlm evaluate` says what it ran.
         samples: the samples.
+        about: entries of "about" in its summary.json, such as the adapter; those that it does not
+            have are not compared, None is.
         **settings: values of its summary.json, such as the model; those that it does not say, or
             that are None, are not compared.
     """
     path = Path(path)
     if not (path / "summary.json").is_file():
         return
-    summary = files.read_json(path / "summary.json")
-    lines = (path / "predictions.jsonl").read_text("utf-8").splitlines()
-    asked = {line["id"]: line["prompt"] for line in map(json.loads, lines) if "prompt" in line}
+    # A summary without these values was answered without any.
+    summary = {"generation_config": {}, **files.read_json(path / "summary.json")}
+    told = summary.get("about", {})
+    lines = _lines(path / "predictions.jsonl")
+    asked = {line["id"]: line["prompt"] for line in lines if "prompt" in line}
+    pairs = {
+        **{
+            name: (summary.get(name), value)
+            for name, value in settings.items()
+            if None not in (summary.get(name), value)
+        },
+        **{name: (told[name], value) for name, value in (about or {}).items() if name in told},
+    }
     differ = [
-        f"{name.replace('_', ' ')} {summary[name]!r} instead of {value!r}"
-        for name, value in settings.items()
-        if None not in (value, summary.get(name)) and summary[name] != value
+        f"{name.replace('_', ' ')} {before!r} instead of {now!r}"
+        for name, (before, now) in pairs.items()
+        if before != json.loads(json.dumps(now))
     ]
     for sample in samples:
         if (prompt := asked.get(sample.id, sample.prompt)) != sample.prompt:
@@ -90,6 +119,5 @@ def warn_of_others(
         )
 
 
-def _own(file: Path) -> dict[str, str]:
-    lines = (json.loads(line) for line in file.read_text("utf-8").splitlines())
-    return {line["id"]: line["predictions"]["plain"] for line in lines}
+def _lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]

@@ -7,7 +7,7 @@ everything else.
 import dataclasses
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,24 +56,19 @@ class Presence(Questions):
         """Returns the task as JSON values."""
         return {**super().describe(), "task": "pope"}
 
-    def require(self, samples: Sequence[Sample]) -> None:
-        """Checks that the samples are questions, and that some have the label no, some yes.
+    def require_trial(self, samples: Sequence[Sample]) -> None:
+        """Checks that some samples have the label no, some yes; effect and cost need no words.
 
         Raises:
-            ValueError: they are not.
+            ValueError: none has, or the samples have no answers.
         """
+        self._require_answered(samples)
+
+    def _require_answered(self, samples: Sequence[Sample]) -> None:
         labels = {sample.metadata.get("label") for sample in samples}
         if samples and not {"yes", "no"} <= labels:
             raise ValueError(f"the samples have no labels yes and no; {self.needed}")
-        super().require(samples)
-
-    def require_trial(self, samples: Sequence[Sample]) -> None:
-        """Checks as `require`; effect and cost need no words.
-
-        Raises:
-            ValueError: as `require`.
-        """
-        self.require(samples)
+        super()._require_answered(samples)
 
     def measure(
         self, samples: Sequence[Sample], plain: Sequence[str], answers: Sequence[str]
@@ -200,13 +195,8 @@ class ObjectDescriptions(Presence):
         """Returns the task as JSON values."""
         return {**super().describe(), "task": "descriptions"}
 
-    def require(self, samples: Sequence[Sample]) -> None:
-        """Checks that the samples are POPE's questions about objects of COCO.
-
-        Raises:
-            ValueError: they are not, or as `Presence.require`.
-        """
-        super().require(samples)
+    def _require_answered(self, samples: Sequence[Sample]) -> None:
+        super()._require_answered(samples)
         for sample in samples:
             asked_object(sample)
 
@@ -303,25 +293,25 @@ class ObjectCaptions(Captions):
         return {**super().describe(), "task": "chair"}
 
     def require(self, samples: Sequence[Sample]) -> None:
-        """Checks that the objects in the pictures are known.
+        """Checks that the objects in the pictures are known, and that captions can be scored.
 
         Raises:
-            ValueError: they are not, or as `Captions.require`.
+            ValueError: as `require_trial` and `Captions.require`.
+        """
+        self.require_trial(samples)
+        super().require(samples)
+
+    def require_trial(self, samples: Sequence[Sample]) -> None:
+        """Checks that the objects in the pictures are known; effect and cost need no captions.
+
+        Raises:
+            ValueError: they are not.
         """
         if not all("objects" in sample.metadata for sample in samples):
             raise ValueError(
                 "the objects in the pictures are unknown; --task chair needs --objects, COCO's "
                 "file of instances, or --dataset scenes"
             )
-        super().require(samples)
-
-    def require_trial(self, samples: Sequence[Sample]) -> None:
-        """Checks as `require`; effect and cost need no words.
-
-        Raises:
-            ValueError: as `require`.
-        """
-        self.require(samples)
 
     def trial(
         self,
@@ -389,14 +379,7 @@ class Descriptions(Captions):
             ValueError: they are not, the data of nltk or spaCy are missing, or an annotated object
                 is not in the lists.
         """
-        if not all("imagined" in sample.metadata for sample in samples):
-            raise ValueError(
-                "the samples are not to be described; expected AMBER's split 'generative'"
-            )
-        if samples:  # what would end `measure` ends here, before a model has described them
-            for protocol in self.protocols:
-                texts = ["A dog."] * len(samples)
-                hallucination.description_counts(samples, texts, self.lists, protocol)
+        self._require_countable(samples, self.protocols)
 
     def measure(
         self, samples: Sequence[Sample], plain: Sequence[str], answers: Sequence[str]
@@ -425,12 +408,23 @@ class Descriptions(Captions):
         }
 
     def require_trial(self, samples: Sequence[Sample]) -> None:
-        """Checks as `require`; effect and cost need no words.
+        """Checks as `require`, by the plain protocol alone, which effect and cost are of.
 
         Raises:
-            ValueError: as `require`.
+            ValueError: the samples are not AMBER's descriptions, or an annotated object is not in
+                the lists.
         """
-        self.require(samples)
+        self._require_countable(samples, ("plain",))
+
+    def _require_countable(self, samples: Sequence[Sample], protocols: Sequence[str]) -> None:
+        if not all("imagined" in sample.metadata for sample in samples):
+            raise ValueError(
+                "the samples are not to be described; expected AMBER's split 'generative'"
+            )
+        if samples:  # what would end `measure` ends here, before a model has described them
+            for protocol in protocols:
+                texts = ["A dog."] * len(samples)
+                hallucination.description_counts(samples, texts, self.lists, protocol)
 
     def trial(
         self,
@@ -471,3 +465,25 @@ def _share_gone(before: float, after: float) -> float:
 
 def _share_changed(plain: Sequence[str], answers: Sequence[str]) -> float:
     return float(np.mean([old != new for old, new in zip(plain, answers, strict=True)]))
+
+
+def quantities_of(summary: Mapping[str, Any]) -> dict[str, Quantity]:
+    """Returns what "effect" and "cost" are in an evaluation's sweep.
+
+    Args:
+        summary: what `evaluation.evaluate` writes, with a sweep. If the sweep does not say, as in
+            earlier releases, those of the summary's task are returned.
+
+    Raises:
+        KeyError: neither says.
+    """
+    if "quantities" in (sweep := summary["sweep"]):
+        return {name: Quantity(**told) for name, told in sweep["quantities"].items()}
+    kinds: dict[str | None, type[Questions | Captions]] = {
+        "pope": Presence,
+        "descriptions": ObjectDescriptions,
+        "chair": Descriptions if "protocols" in summary else ObjectCaptions,
+        None: Questions if summary["kind"] == "vqa" else Captions,
+    }
+    task = kinds[summary.get("task")]
+    return {"effect": task.effect, "cost": task.cost}

@@ -29,17 +29,17 @@ from xlvlm_jax.data.frames import pandas_module
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.evaluation.predict import PLAIN, Condition, predict
 from xlvlm_jax.evaluation.stage import Stage
-from xlvlm_jax.evaluation.sweep import Trial
+from xlvlm_jax.evaluation.sweep import Trial, finite, vector_numbers
 from xlvlm_jax.evaluation.tasks import Task
 from xlvlm_jax.steering.methods import Steering
 from xlvlm_jax.storage import atomic, versions
-from xlvlm_jax.storage.same_model import model_of
+from xlvlm_jax.storage.same_model import adapter_of, model_of
 
 Axis = Literal["off_target", "cost"]
 AXES = ("off_target", "cost")
 AT_ONCE = 32  # trials per group: what a killed run loses at most
 COLUMNS = (
-    *("method", "site", "edit", "alpha", "where"),
+    *("method", "site", "vector", "edit", "alpha", "where"),
     *("effect", "cost", "off_target", "on_front", "chosen"),
 )
 
@@ -67,6 +67,10 @@ class Sweep(NamedTuple):
             np.array([getattr(trial, self.axis) for trial in self.trials]),
         )
 
+    @property
+    def _numbers(self) -> list[int]:
+        return vector_numbers([trial.condition for trial in self.trials], self.methods)
+
     def chosen(self, method: str | None = None) -> Trial:
         """Returns the best trial within the budget, see `best_within`.
 
@@ -85,14 +89,17 @@ class Sweep(NamedTuple):
 
     def rows(self) -> list[dict[str, Any]]:
         """Returns a row per trial, of plain values by the names in COLUMNS."""
-        best = self.chosen()
+        best, numbers = self.chosen(), self._numbers
         rows = []
-        for method, trial, on_front in zip(self.methods, self.trials, self.on_front, strict=True):
+        for method, trial, number, on_front in zip(
+            self.methods, self.trials, numbers, self.on_front, strict=True
+        ):
             told = trial.describe()
             where = told.get("where")
             known = {
                 "method": method,
                 "site": " + ".join(told.get("sites", ())),
+                "vector": number,
                 "where": where if isinstance(where, str | None) else json.dumps(where),
                 "on_front": bool(on_front),
                 "chosen": trial is best,
@@ -107,18 +114,21 @@ class Sweep(NamedTuple):
             task: the task that the trials were tried for.
             of: further values, such as the split that they were tried on.
         """
-        pairs = list(zip(self.methods, self.trials, strict=True))
         best = self.chosen()
-        (method,) = (name for name, trial in pairs if trial is best)
+        told = [
+            {"method": method, **trial.describe(), "vector": number}
+            for method, trial, number in zip(self.methods, self.trials, self._numbers, strict=True)
+        ]
+        (chosen,) = (each for each, trial in zip(told, self.trials, strict=True) if trial is best)
         return {
             **of,
             "quantities": {"effect": task.effect._asdict(), "cost": task.cost._asdict()},
-            "wanted": task.wanted,
-            "max_cost": task.max_cost,
+            "wanted": finite(task.wanted),
+            "max_cost": finite(task.max_cost),
             "axis": self.axis,
-            "budget": self.budget if math.isfinite(self.budget) else None,
-            "chosen": {"method": method, **best.describe()},
-            "trials": [{"method": name, **trial.describe()} for name, trial in pairs],
+            "budget": finite(self.budget),
+            "chosen": chosen,
+            "trials": told,
         }
 
     def to_csv(self) -> str:
@@ -261,6 +271,7 @@ def run_sweep(
     settings = {
         "version": versions.VERSION,
         **model_of(vlm),
+        **adapter_of(vlm),
         "generation_config": vlm.logits_options,
         "task": task.describe(),
         "max_new_tokens": new_tokens,
@@ -304,6 +315,8 @@ def _require_same(directory: Path, settings: Mapping[str, Any]) -> None:
     if path.is_file():
         before = json.loads(path.read_text("utf-8"))
         versions.require(path, before, "sweep again")
+        # Earlier releases did not record the adapter: it may be the same.
+        before = {name: settings[name] for name in ("adapter", "adapter fingerprint")} | before
         if differ := [name for name in settings if before.get(name) != settings[name]]:
             raise ValueError(
                 f"{directory} holds a sweep with another {few(differ)}; give another output, or "

@@ -37,7 +37,7 @@ def preflight(
     Args:
         vlm: the model, from `ports.load_abstract` or `load`.
         samples: the samples to answer.
-        num_conditions: number of conditions, including the plain model.
+        num_conditions: number of conditions, including the plain model if it is to answer.
         max_new_tokens: maximum number of tokens per answer.
         batch_size: samples per batch.
 
@@ -62,7 +62,7 @@ def preflight(
         answers=len(samples) * num_conditions,
         missing=tuple(str(s.image) for s in samples if not s.image.is_file()),
         prompt_tokens=int(inputs["attention_mask"].sum(axis=1).max()),
-        conditions_at_once=max(1, min(num_conditions, rows // batch_size)),
+        conditions_at_once=min(num_conditions, max(1, rows // batch_size)),
         parameters=parameters,
         temporaries=temporaries,
     )

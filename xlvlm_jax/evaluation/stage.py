@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from ports import VLM
-from ports.checkpoint import hub
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.evaluation import hallucination, judge
 from xlvlm_jax.evaluation.baseline import read_baseline, warn_of_others
 from xlvlm_jax.evaluation.predict import PLAIN, Condition, Predictions, predict
-from xlvlm_jax.evaluation.sweep import Trial, choose, names
+from xlvlm_jax.evaluation.sweep import Trial, choose, finite, names, vector_numbers
 from xlvlm_jax.evaluation.tasks import Task
 from xlvlm_jax.storage import atomic, pictures, versions
+from xlvlm_jax.storage.same_model import adapter_of, model_of
 
 Stage = Callable[[str], Callable[..., None]]
 
@@ -48,7 +48,8 @@ def evaluate(
         conditions: {name: condition}, besides "plain", the unsteered model.
         baseline: an earlier run whose plain answers are taken instead of running the plain model,
             see `read_baseline`.
-        about: where samples and vectors come from, in any form; stored in the summary.
+        about: where samples and vectors come from, in any form; stored in the summary, with the
+            model's adapter and dtype.
         sweep: what `describe_sweep` returns, if a sweep chose a condition.
         max_new_tokens: maximum number of tokens per answer; None for the task's default.
         batch_size: samples per batch.
@@ -65,12 +66,19 @@ def evaluate(
     """
     task.require(samples)
     conditions = {"plain": PLAIN, **(conditions or {})}
-    model = None if vlm.directory is None else hub.name_of(vlm.directory)
+    made_with = {**adapter_of(vlm), "dtype": vlm.dtype.name}
     new_tokens = task.max_new_tokens if max_new_tokens is None else max_new_tokens
     known, unread = [], {}
     if baseline is not None:
         known = [read_baseline(baseline, samples)]
-        warn_of_others(baseline, samples, model=model, max_new_tokens=new_tokens)
+        warn_of_others(
+            baseline,
+            samples,
+            about=made_with,
+            **model_of(vlm),
+            max_new_tokens=new_tokens,
+            generation_config=vlm.logits_options,
+        )
         answered = zip(samples, known[0], strict=True)
         unread = {s.id: "it has no answer in the baseline" for s, text in answered if text is None}
     asked = list(conditions.values())[len(known) :]
@@ -90,9 +98,13 @@ def evaluate(
     given = dict(zip(conditions, answers, strict=True))
     summary: dict[str, Any] = {
         "version": versions.VERSION,
-        "model": model,
+        **model_of(vlm),
         "max_new_tokens": new_tokens,
-        "about": (about or {}) | ({} if baseline is None else {"baseline": str(baseline)}),
+        "about": {
+            **made_with,
+            **(about or {}),
+            **({} if baseline is None else {"baseline": str(baseline)}),
+        },
         **({"generation_config": options} if (options := vlm.logits_options) else {}),
         "samples": len(kept),
         "unreadable": predictions.errors,
@@ -242,14 +254,18 @@ def describe_sweep(chosen: Trial, trials: Sequence[Trial], task: Task, **of: Any
         of: further values, such as the split that they were tried on.
 
     Returns:
-        The further values, what effect and cost are, the task's limits, the chosen trial and all
-        trials.
+        The further values, what effect and cost are, the task's limits (None if infinite), the
+        chosen trial and all trials, each with the number of its vector, see `vector_numbers`.
     """
+    *numbers, number = vector_numbers([trial.condition for trial in (*trials, chosen)])
     return {
         **of,
         "quantities": {"effect": task.effect._asdict(), "cost": task.cost._asdict()},
-        "wanted": task.wanted,
-        "max_cost": task.max_cost,
-        "chosen": chosen.describe(),
-        "trials": [trial.describe() for trial in trials],
+        "wanted": finite(task.wanted),
+        "max_cost": finite(task.max_cost),
+        "chosen": {**chosen.describe(), "vector": number},
+        "trials": [
+            {**trial.describe(), "vector": number}
+            for trial, number in zip(trials, numbers, strict=True)
+        ],
     }

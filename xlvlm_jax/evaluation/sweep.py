@@ -15,9 +15,15 @@ class Quantity(NamedTuple):
     unit: str  # of the value times the scale
     scale: float = 1.0
 
-    def shown(self, value: float) -> str:
-        """Returns a value with its unit."""
+    def shown(self, value: float | None) -> str:
+        """Returns a value with its unit; "undefined" for NaN, and for None, its form in JSON."""
+        if value is None or math.isnan(value):
+            return "undefined"
         return f"{self.scale * value:.1f} {self.unit}"
+
+
+# Of a trial, whatever its task.
+OFF_TARGET = Quantity("other answers that changed", "%", 100)
 
 
 class Trial(NamedTuple):
@@ -31,7 +37,7 @@ class Trial(NamedTuple):
     def describe(self) -> dict[str, Any]:
         """Returns JSON values; None for a number that is undefined."""
         values = {name: getattr(self, name) for name in ("effect", "cost", "off_target")}
-        known = {name: x if math.isfinite(x) else None for name, x in values.items()}
+        known = {name: finite(value) for name, value in values.items()}
         return {**self.condition.describe(), **known}
 
 
@@ -80,6 +86,35 @@ def names(conditions: Sequence[Condition]) -> list[str]:
     if len(set(named)) < len(named):  # vectors of the same site
         named = [f"{i} {name}".strip() for i, name in enumerate(named, start=1)]
     return named
+
+
+def vector_numbers(
+    conditions: Sequence[Condition], methods: Sequence[str] | None = None
+) -> list[int]:
+    """Returns which of the vectors at its sites each condition steers with, from 1.
+
+    Conditions that differ in nothing but the strength, the positions or the kind of edit have the
+    same number. The first vectors of each site are number 1, so that they can be compared.
+
+    Args:
+        conditions: the conditions.
+        methods: the method of each, if vectors are numbered for each method.
+    """
+    known: dict[Any, list[Any]] = {}
+    numbers = []
+    for i, condition in enumerate(conditions):
+        sites = tuple(vector.site for vector in condition.vectors)
+        there = known.setdefault((None if methods is None else methods[i], sites), [])
+        identity = tuple(map(id, condition.vectors))
+        if identity not in there:
+            there.append(identity)
+        numbers.append(1 + there.index(identity))
+    return numbers
+
+
+def finite(value: float) -> float | None:
+    """Returns a number; None for NaN and infinities, which JSON does not have."""
+    return value if math.isfinite(value) else None
 
 
 def choose(trials: Sequence[Trial], wanted: float, max_cost: float) -> Trial:

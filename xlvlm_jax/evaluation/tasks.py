@@ -1,4 +1,4 @@
-"""The tasks to evaluate: questions and captions, each with the same five methods.
+"""The tasks to evaluate: questions and captions, each with the same methods.
 
 describe   returns the task as JSON values
 measure    returns scores and counts of one set of answers as JSON values
@@ -21,7 +21,7 @@ from xlvlm_jax.evaluation import answer_effects, answer_types, hallucination
 from xlvlm_jax.evaluation import caption_effects as caption_changes
 from xlvlm_jax.evaluation.predict import Condition
 from xlvlm_jax.evaluation.safety import deference_figures
-from xlvlm_jax.evaluation.sweep import Quantity, Trial
+from xlvlm_jax.evaluation.sweep import Quantity, Trial, finite
 from xlvlm_jax.metrics.captions import caption_scores, count_words, require_scorable
 from xlvlm_jax.metrics.captions import describe as describe_captions
 from xlvlm_jax.metrics.pope import PROTOCOLS as POPE_PROTOCOLS
@@ -81,8 +81,7 @@ class Questions:
         Raises:
             ValueError: the samples have no answers, or no question has one of the words as answer.
         """
-        if samples and not any(truth is not None for truth in answer_effects.truths(samples)):
-            raise ValueError("the samples have no answers; evaluate questions on --dataset vqav2")
+        self._require_answered(samples)
         if self.source or self.target:
             answer_effects.require_answers(samples, self.source, self.target)
         if self.without is not None:
@@ -92,12 +91,17 @@ class Questions:
         """Checks that some questions have a source and some a target answer, to choose by.
 
         Raises:
-            ValueError: none has, or as `require`.
+            ValueError: none has, or the samples have no answers.
         """
-        self.require(samples)
+        self._require_answered(samples)
         if not self.source:
             raise ValueError("there are no answers to choose by; give --source and --target")
         answer_effects.require_answers(samples, self.source, self.target)
+
+    def _require_answered(self, samples: Sequence[Sample]) -> None:
+        """Checks what both an evaluation and a trial need."""
+        if samples and not any(truth is not None for truth in answer_effects.truths(samples)):
+            raise ValueError("the samples have no answers; evaluate questions on --dataset vqav2")
 
     def measure(
         self, samples: Sequence[Sample], plain: Sequence[str], answers: Sequence[str]
@@ -129,8 +133,8 @@ class Questions:
             )
             measured["changes"] = {
                 **changes._asdict(),
-                "moved_share": _or_none(changes.moved_share),
-                "others_changed_share": _or_none(changes.others_changed_share),
+                "moved_share": finite(changes.moved_share),
+                "others_changed_share": finite(changes.others_changed_share),
             }
             measured["XL-VLMs counts"] = answer_effects.substring_counts(
                 samples, plain, answers, self.source, self.target
@@ -331,8 +335,3 @@ class Captions:
 
 
 Task = Questions | Captions
-
-
-def _or_none(value: float) -> float | None:
-    """Returns None for NaN and infinities, which JSON does not have."""
-    return value if math.isfinite(value) else None

@@ -17,7 +17,6 @@ import jax
 import numpy as np
 
 from ports import VLM
-from ports.checkpoint import hub
 from ports.paired import check_alike, share_params, with_like_heads
 from ports.parallel import hosts
 from xlvlm_jax.data.batches import groups_of
@@ -31,7 +30,7 @@ from xlvlm_jax.features.reader import Features
 from xlvlm_jax.features.settings import ExtractionSettings, ExtractionSummary
 from xlvlm_jax.features.writer import FeaturesWriter
 from xlvlm_jax.storage.pictures import name_in
-from xlvlm_jax.storage.same_model import model_of
+from xlvlm_jax.storage.same_model import adapter_of, model_of
 
 Progress = Callable[[int, int, int], None]
 
@@ -307,9 +306,7 @@ def _described(vlm: VLM, settings: ExtractionSettings) -> dict[str, Any]:
     if settings.mode == "generate" and vlm.logits_options:
         described["generation_config"] = vlm.logits_options
     if vlm.adapter is not None:
-        weights = (vlm.adapter / "adapter_model.safetensors").read_bytes()
-        digest = hashlib.sha256(weights).hexdigest()[:16]
-        described |= {"adapter": hub.name_of(vlm.adapter), "adapter fingerprint": digest}
+        described |= adapter_of(vlm)
     return described
 
 

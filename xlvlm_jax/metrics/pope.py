@@ -6,10 +6,13 @@ official   As the authors' script does (RUCAIBox/POPE, evaluate.py at 3df3ba1). 
            the first full stop is split at single spaces, without commas; the answer is no if one of
            these words is exactly "No", "no" or "not", and yes otherwise. So "NO", "No!", an empty
            answer and "There isn't any" are yes, and "Yes, the dog is not moving" is no.
-plain      As a person would: the first word that says yes or no counts; "true", "correct" and
-           "indeed" say what a yes or no in their sentence says, and no beside another negation.
-           Without such a word, a negation anywhere means no. An empty answer is neither: it is
-           wrong, and not a yes.
+plain      As a person would: the first word that says yes or no counts. "False" and the like say
+           no, and yes after a negation in their clause. "True", "correct" and "indeed" say what a
+           yes or no in their sentence says; without one, they say yes, and no after a negation in
+           their clause or directly before one ("indeed not", "correct, there isn't one"). "That's
+           true" also says no after a negation in the clauses before it. Without such a word, a
+           negation anywhere means no, but not in a tag (", isn't it?"). An empty answer is neither:
+           it is wrong, and not a yes.
 
 XL-VLMs reads no answer: it asks whether the label is in an answer's first 15 characters, see
 `label_at_start`.
@@ -26,11 +29,23 @@ Protocol = Literal["official", "plain"]
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 
 _SAYING = re.compile(
-    r"\b(?:(?P<yes>yes|yeah|yep|yup)|(?P<no>no|nope|nah|false|untrue|incorrect)"
+    r"\b(?:(?P<yes>yes|yeah|yep|yup)|(?P<no>no|nope|nah)|(?P<denies>false|untrue|incorrect)"
     r"|(?P<agrees>true|correct|indeed))\b"
 )
 _SENTENCE_END = re.compile(r"[.!?]+(?:\s|$)|\n")
 _NEGATION = re.compile(r"\b(?:not|none|nothing|never|cannot|neither|without)\b|n['\u2019]t\b")
+_CLAUSE_END = re.compile(
+    r"[,;:()\u2013\u2014]"
+    r"|\b(?:and|but|yet|so|although|though|because|while|whereas|which|who)\b"
+)
+_TAG = re.compile(r",\s*\w+n['\u2019]t\s+(?:it|there|that|they|he|she|you)\W*$")
+# Before "true" in a clause that says nothing else: "that's", "it is".
+_REFERRING = re.compile(r"\W*(?:that|this|it)?(?:['\u2019]s\b|\s*\b(?:is|was)\b)?(?:\s+also)?\W*")
+# After "indeed" and the like, where it denies what they say: "not", "isn't", ", there is not".
+_DIRECTLY = re.compile(
+    r"\W*(?:(?:that\s+)?(?:there|i|we)\s+)?(?:(?:is|are|was|were|am|do|does|did|can|could)\s+)?"
+    r"(?:(?:not|none|nothing|never|cannot|neither|without)\b|\w+n['\u2019]t\b)"
+)
 
 
 START = 15  # characters of an answer in which XL-VLMs looks for the label
@@ -185,15 +200,32 @@ def read_answer(answer: str, protocol: Protocol = "official") -> Literal["yes", 
 
 
 def _read_plainly(text: str) -> Literal["yes", "no", ""]:
-    for sentence in _SENTENCE_END.split(text):
-        said = [found.lastgroup for found in _SAYING.finditer(sentence)]
-        if "yes" in said or "no" in said:
-            return next(word for word in said if word in ("yes", "no"))
-        if said:  # "true" and the like alone
-            return "no" if _NEGATION.search(sentence) else "yes"
-    if _NEGATION.search(text):
+    sentences = [_TAG.sub("", sentence) for sentence in _SENTENCE_END.split(text)]
+    for sentence in sentences:
+        words = list(_SAYING.finditer(sentence))
+        for word in words:
+            if word.lastgroup == "denies":
+                return "yes" if _NEGATION.search(_before(sentence, word)) else "no"
+            if word.lastgroup != "agrees":
+                return "no" if word.lastgroup == "no" else "yes"
+        if words:  # "true" and the like alone
+            return "no" if any(_agrees_to_no(sentence, word) for word in words) else "yes"
+    if any(map(_NEGATION.search, sentences)):
         return "no"
     return "yes" if text.strip() else ""
+
+
+def _before(sentence: str, word: re.Match[str]) -> str:
+    """Returns what stands before a word in its clause."""
+    return _CLAUSE_END.split(sentence[: word.start()])[-1]
+
+
+def _agrees_to_no(sentence: str, word: re.Match[str]) -> bool:
+    """Returns whether "true" and the like agree to a negative statement, or are negated."""
+    before, after = _before(sentence, word), _CLAUSE_END.split(sentence[word.end() :])[0]
+    if _REFERRING.fullmatch(before) and not after.strip():  # to the clauses before
+        before = sentence[: word.start()]
+    return bool(_NEGATION.search(before) or _DIRECTLY.match(sentence, word.end()))
 
 
 def _require_labels(predictions: Sequence[str], labels: Sequence[str]) -> None:

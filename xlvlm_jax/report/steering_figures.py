@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
+from xlvlm_jax.evaluation.hallucination_tasks import quantities_of
 from xlvlm_jax.evaluation.method_sweep import pareto_front
-from xlvlm_jax.evaluation.sweep import Quantity
+from xlvlm_jax.evaluation.sweep import OFF_TARGET, Quantity
 from xlvlm_jax.metrics.vqa import normalise_answer
 from xlvlm_jax.report.figure import COLOURS, FAINT, figure
 
@@ -96,9 +97,10 @@ def _bars(axes: Axes, counts: Mapping[str, Mapping[str, int]], labels: Sequence[
 def plot_sweep(summary: Mapping[str, Any], path: str | Path) -> None:
     """Plots effect and cost against strength (a line per site) and site (a line per strength).
 
-    If trials differ in method, kind of edit or the positions they steer, only those like the
-    chosen one are drawn.
-    The dashed lines mark the wanted effect and the maximum cost, the ring marks the chosen trial.
+    If trials differ in method, vector, kind of edit or the positions they steer, only those like
+    the chosen one are drawn. The dashed lines mark the wanted effect and the maximum cost, the ring
+    marks the chosen trial. Of a sweep over methods, what its budget is of takes the place of the
+    cost, and the dashed line marks the budget.
 
     Args:
         summary: what `evaluation.evaluate` writes, with a sweep.
@@ -106,7 +108,7 @@ def plot_sweep(summary: Mapping[str, Any], path: str | Path) -> None:
     """
     sweep = summary["sweep"]
     chosen = sweep["chosen"]
-    alike = ("where", "method", "edit")
+    alike = ("where", "method", "edit", "vector")
     trials = [
         trial
         for trial in sweep["trials"]
@@ -116,15 +118,18 @@ def plot_sweep(summary: Mapping[str, Any], path: str | Path) -> None:
     alphas = sorted({trial["alpha"] for trial in trials})
     by = {(", ".join(trial["sites"]), trial["alpha"]): trial for trial in trials}
     labels = short_names(sites)
-    quantities = {name: Quantity(**told) for name, told in sweep["quantities"].items()}
+    told = {**quantities_of(summary), "off_target": OFF_TARGET}
+    limits = {"effect": sweep.get("wanted"), "cost": sweep.get("max_cost")}
+    if "axis" in sweep:  # chosen by the budget alone
+        limits = {"effect": None, sweep["axis"]: sweep["budget"]}
 
     def value(site: str, alpha: float, name: str) -> float:
         found = by.get((site, alpha), {}).get(name)
         return math.nan if found is None else found
 
-    limits = {"effect": sweep["wanted"], "cost": sweep["max_cost"]}
     with figure(path, 2, 2, width=8.6, height=5.6) as (_, grid):
-        for (left, right), (name, quantity) in zip(grid, quantities.items(), strict=True):
+        for (left, right), (name, limit) in zip(grid, limits.items(), strict=True):
+            quantity = told[name]
             title, scale = f"{quantity.name}, {quantity.unit}", quantity.scale
             for site, label in zip(sites, labels, strict=True):
                 values = [scale * value(site, alpha, name) for alpha in alphas]
@@ -132,11 +137,12 @@ def plot_sweep(summary: Mapping[str, Any], path: str | Path) -> None:
             for alpha in alphas:
                 values = [scale * value(site, alpha, name) for site in sites]
                 right.plot(range(len(sites)), values, marker="o", ms=3, label=f"{alpha:g}")
-            height = scale * chosen[name]
             place = sites.index(", ".join(chosen["sites"]))
             for axes, x in ((left, chosen["alpha"]), (right, place)):
-                axes.plot(x, height, "o", ms=10, mfc="none", color="black")
-                axes.axhline(scale * limits[name], color="black", lw=0.8, ls="--")
+                if chosen[name] is not None:
+                    axes.plot(x, scale * chosen[name], "o", ms=10, mfc="none", color="black")
+                if limit is not None:
+                    axes.axhline(scale * limit, color="black", lw=0.8, ls="--")
             left.set(xlabel="strength alpha", ylabel=title)
             right.set_xticks(range(len(sites)), labels)
             right.set_xlabel("site")
@@ -177,7 +183,7 @@ def plot_tradeoff(summary: Mapping[str, Any], path: str | Path) -> None:
         axes.plot(chosen[axis], chosen["effect"], "o", ms=10, mfc="none", color="black")
         if sweep["budget"] is not None:
             axes.axvline(sweep["budget"], color="black", lw=0.8, ls="--")
-        told = {name: Quantity(**each) for name, each in sweep["quantities"].items()}
+        told = quantities_of(summary)
         x = "share of other answers that changed"
         if axis == "cost":
             x = _share_or_unit(told["cost"])

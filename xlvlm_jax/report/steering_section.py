@@ -170,13 +170,14 @@ def _of_captions(conditions: Mapping[str, Any]) -> tuple[list[str], list[tuple[s
 
 
 def _of_bench(conditions: Mapping[str, Any]) -> tuple[list[str], dict[str, list[str]]]:
-    """Returns the scores of POPE, CHAIR and AMBER by the last protocol, as a person reads."""
+    """Returns the scores of POPE, CHAIR and AMBER, by the plain protocol where there is one."""
     columns, figures = [], {name: [] for name in conditions}
     for metric in ("POPE", "CHAIR", "AMBER"):
         if metric not in conditions["plain"]:
             continue
-        protocol, scores = list(conditions["plain"][metric].items())[-1]
-        for score in scores:
+        protocols = conditions["plain"][metric]
+        protocol = "plain" if "plain" in protocols else list(protocols)[-1]
+        for score in protocols[protocol]:
             unit = "" if score == "length" else " %"
             columns.append(f"{metric} {score.replace('_', ' ')}{unit}, {protocol}")
             for name, measured in conditions.items():

@@ -79,7 +79,8 @@ class Request:
         source: the answers to steer from; None for all others.
         target: the answers to steer to.
         key, match: how answers are looked up, see `answer_states`.
-        where: the token positions that the result is meant for, see `ports.add`.
+        where: the token positions that the result is meant for, see `ports.add`; None for those
+            that the method chooses by site (`Method.where` is None, as of vti-image).
         seed: random seed.
         num_samples: maximum number of samples to steer that are learnt from; None for all with
             forced answers or contrasts of labels, for 128 otherwise.

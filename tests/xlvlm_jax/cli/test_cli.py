@@ -222,6 +222,19 @@ def test_every_command_explains_itself():
             "--at-once must be at least 1, got 0",
         ),
         (
+            "steer sweep gone gone --output x --choose-on train --vector v --fit-source yes",
+            "--fit-source has no effect without --features; omit it",
+        ),
+        (
+            "steer sweep gone gone --output x --choose-on train --features f --num-samples 4",
+            "--num-samples has no effect without --split; omit it",
+        ),
+        (
+            "extract gone gone --output x --site s --tokens all --alpha 2",
+            "--alpha has no effect without --vector; omit it",
+        ),
+        ("lens gone gone --where all", "--where has no effect without --vector; omit it"),
+        (
             "shift gone gone --concepts gone --output x --reduce mode",
             "--reduce is 'mode'; expected one of mean, median, trimmed_mean",
         ),

@@ -1,11 +1,12 @@
 """--dry-run: prints what a command would need, and writes nothing."""
 
+import json
 import sys
 
 import numpy as np
 import pytest
 
-from xlvlm_jax import SteeringVector
+from xlvlm_jax import SteeringVector, data
 from xlvlm_jax.data import scenes
 from xlvlm_jax.features.writer import FeaturesWriter
 
@@ -118,10 +119,16 @@ def test_evaluate_and_apply(xlvlm, pictures, tmp_path, vlm, command):
     width = vlm.site_shapes[NORM][-1]
     source = {"source": ["bird"], "target": ["red"]}
     SteeringVector(np.ones(width, np.float32), NORM, source).save(vector)
-    status, out, errors = xlvlm(
+    asked = (
         *(*command.split(), "embedded", pictures, "--output", tmp_path / "out"),
         *("--split", "val", "--vector", vector, "--num-samples", 5, "--dry-run"),
     )
+    status, out, errors = xlvlm(*asked)
     assert status == 0, errors
     assert "samples: 5; 10 answers, 2 conditions per batch at once" in out
+    answers = {sample.id: "red" for sample in data.load("vqav2", pictures, "val")}
+    (tmp_path / "answers.json").write_text(json.dumps(answers))
+    status, out, errors = xlvlm(*asked, "--baseline", tmp_path / "answers.json")
+    assert status == 0, errors
+    assert "samples: 5; 5 answers, 1 conditions per batch at once" in out
     assert not (tmp_path / "out").exists()

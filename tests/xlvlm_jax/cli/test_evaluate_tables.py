@@ -1,15 +1,23 @@
 """What `xlvlm evaluate` prints and stores for each kind of data; answers come from a file."""
 
+import dataclasses
 import json
+import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from rich.console import Console
 
 from xlvlm_jax import SteeringVector, data, evaluation
-from xlvlm_jax.cli import evaluate_tables, steer_rank
+from xlvlm_jax.cli import evaluate_tables, steer_rank, steer_sweep
 from xlvlm_jax.cli.evaluate_options import parse_task
-from xlvlm_jax.data import mmsb, scenes
+from xlvlm_jax.data import Sample, mmsb, scenes
+from xlvlm_jax.evaluation import Condition, Sweep, Trial, hallucination
+from xlvlm_jax.evaluation.hallucination_tasks import quantities_of
+from xlvlm_jax.evaluation.sweep import vector_numbers
 from xlvlm_jax.report import steering_section
 from xlvlm_jax.report.steering_figures import plot_sweep
 from xlvlm_jax.steering import rank
@@ -196,6 +204,10 @@ def test_words_of_a_vector_that_are_counted():
     )
     assert parsed("coco", None).words == parsed("coco", "captions").words == ("no",)
     assert parsed("scenes", "chair").words == parsed("coco", None, **outcome).words == ()
+    # No answer is named to steer from: where none is counted, none is needed.
+    assert parsed("pope", "pope", source=["*"]).target == ()
+    with pytest.raises(ValueError, match="steer from; give --source and --target"):
+        parsed("vqav2", None, source=["*"])
 
 
 @pytest.mark.parametrize(
@@ -219,7 +231,7 @@ def test_effect_and_cost_have_the_names_and_units_of_the_task(tmp_path, capsys, 
         for alpha in (1.0, 2.0)
     ]
     sweep = evaluation.describe_sweep(trials[0], trials, task)
-    evaluate_tables._show_chosen(sweep, Console(width=300))
+    evaluate_tables._show_chosen({"sweep": sweep}, Console(width=300))
     out = capsys.readouterr().out
     assert said in out and f"{task.effect.name} 25.0" in out
     assert f"maximum cost ({task.cost.shown(task.max_cost)})" in out
@@ -227,10 +239,108 @@ def test_effect_and_cost_have_the_names_and_units_of_the_task(tmp_path, capsys, 
     text = (tmp_path / "sweep.svg").read_text()
     assert f"{task.cost.name}, {task.cost.unit}" in text
     assert f"{task.effect.name}, {task.effect.unit}" in text
+    # Earlier releases did not store them.
+    old = {name: value for name, value in sweep.items() if name != "quantities"}
+    assert quantities_of({**task.describe(), "sweep": old}) == quantities_of({"sweep": sweep})
+    evaluate_tables._show_chosen({**task.describe(), "sweep": old}, Console(width=300))
+    assert capsys.readouterr().out == out
+
+
+VECTOR = SteeringVector(np.ones(2, np.float32), "layers.3", {})
+
+
+def trial(alpha: float, effect: float, cost: float, off_target: float, vector=VECTOR) -> Trial:
+    return Trial(Condition((vector,), alpha), effect, cost, off_target)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Returns {"plot": the arguments of each call, "axhline": those}."""
+    calls = {"plot": [], "axhline": []}
+
+    def watched(name, draw):
+        def watching(axes, *arguments, **options):
+            calls[name].append(arguments)
+            return draw(axes, *arguments, **options)
+
+        return watching
+
+    for name in calls:
+        monkeypatch.setattr(Axes, name, watched(name, getattr(Axes, name)))
+    return calls
+
+
+def test_a_sweep_over_methods_is_judged_by_its_budget(drawn, tmp_path, capsys):
+    """No trial has the wanted effect of the task, which such a sweep does not choose by."""
+    trials = (trial(1, 0.7, 9.0, 0.2), trial(2, 0.8, 9.0, 0.4))
+    over = "no trial is within the budget (other answers that changed: 10.0 %); see tradeoff.svg"
+    for budget, said in ((0.25, None), (0.1, over)):
+        sweep = Sweep(("coarse", "coarse"), trials, budget=budget)
+        described = sweep.describe(evaluation.Questions())
+        evaluate_tables._show_chosen({"sweep": described}, Console(width=300))
+        out = capsys.readouterr().out
+        assert "source answers moved 70.0 %, other answers that changed 20.0 %" in out
+        assert "no trial" not in out if said is None else said in out
+    plot_sweep({"sweep": described}, tmp_path / "sweep.svg")
+    text = (tmp_path / "sweep.svg").read_text()
+    assert "other answers that changed, %" in text and "largest loss" not in text
+    assert drawn["axhline"] == [(10.0,), (10.0,)]
+
+
+def test_undefined_costs_and_no_limit(drawn, tmp_path, capsys):
+    """Of captions whose CIDEr is zero before."""
+    task = evaluation.Captions(("red",), max_cost=math.inf)
+    trials = [trial(1, 0.25, math.nan, 0.5), trial(2, 0.5, math.nan, 0.5)]
+    sweep = evaluation.describe_sweep(trials[0], trials, task)
+    assert json.loads(json.dumps(sweep, allow_nan=False))["max_cost"] is None
+    evaluate_tables._show_chosen({"sweep": sweep}, Console(width=300))
+    out = capsys.readouterr().out
+    assert "more captions with class words 25.0 points, CIDEr lost undefined" in out
+    assert "no trial reached the wanted effect (50.0 points); see sweep.svg" in out
+    plot_sweep({"sweep": sweep}, tmp_path / "sweep.svg")
+    assert drawn["axhline"] == [(50.0,), (50.0,)]
+    rings = [call for call in drawn["plot"] if len(call) == 3]
+    assert rings == [(1, 25.0, "o"), (0, 25.0, "o")]
+    described = Sweep(("a",), (trials[0],)).describe(dataclasses.replace(task, wanted=math.inf))
+    json.dumps(described, allow_nan=False)
+
+
+def test_vectors_of_one_site_have_lines_of_their_own(drawn, tmp_path, capsys):
+    first, second = (
+        SteeringVector(np.full(2, value, np.float32), "layers.3", {}) for value in (1, 2)
+    )
+    conditions = evaluation.grid([first, second], (1.0, 2.0))
+    effects = (0.1, 0.96, 0.2, 0.3)
+    trials = [Trial(c, effect, 1.0, 0.0) for c, effect in zip(conditions, effects, strict=True)]
+    sweep = evaluation.describe_sweep(trials[1], trials, evaluation.Questions())
+    assert [each["vector"] for each in sweep["trials"]] == [1, 1, 2, 2]
+    assert sweep["chosen"] == sweep["trials"][1]
+    evaluate_tables._show_chosen({"sweep": sweep}, Console(width=300))
+    assert "layers.3, vector 1, alpha 2" in capsys.readouterr().out
+    plot_sweep({"sweep": sweep}, tmp_path / "sweep.svg")
+    assert drawn["plot"][0] == ([1.0, 2.0], pytest.approx([10.0, 96.0]))
+    assert (2.0, 96.0, "o") in drawn["plot"]
+    # A vector for each of two layers: both are drawn.
+    other = dataclasses.replace(first, site="layers.4")
+    told = evaluation.grid([first, other, second], (1.0, 2.0))
+    assert vector_numbers(told) == [1, 1, 1, 1, 2, 2]
+    assert vector_numbers(told[::4], ["coarse", "lat"]) == [1, 1]
+
+
+def test_the_best_of_each_method_has_names_and_units(monkeypatch, capsys):
+    monkeypatch.setattr(steer_sweep, "console", Console(width=200))
+    trials = (trial(1, 0.25, 4.0, 0.1), trial(2, 0.5, math.nan, 0.05))
+    steer_sweep._show(Sweep(("coarse", "lat"), trials, budget=0.5), evaluation.Questions())
+    out = " ".join(re.sub("[┃│]", " ", capsys.readouterr().out).split())
+    assert "best of each method, other answers that changed: at most 50.0 %" in out
+    assert "source answers moved other answers that changed largest loss of accuracy of" in out
+    assert "1 25.0 % 10.0 % 4.0 points" in out and "2 50.0 % 5.0 % undefined" in out
 
 
 def test_a_metric_that_one_condition_lacks(capsys):
-    full, bare = {"CIDEr": 1.0, "METEOR": 0.25, "left out": {}}, {"CIDEr": 0.5, "left out": {}}
+    usual, failed = {"SPICE": "not requested"}, {"METEOR": "its Java program failed"}
+    full = {"CIDEr": 1.0, "METEOR": 0.25, "left out": usual}
+    bare = {"CIDEr": 0.5, "left out": usual | failed}
     for conditions in (
         {"plain": {"scores": full}, "steered": {"scores": bare}},
         {"plain": {"scores": bare}, "steered": {"scores": full}},
@@ -238,6 +348,8 @@ def test_a_metric_that_one_condition_lacks(capsys):
         evaluate_tables._show_captions(conditions, Console(width=100))
         out = " ".join(capsys.readouterr().out.split())
         assert "CIDEr METEOR" in out and "0.500 -" in out
+        assert out.count("SPICE") == 1 and "METEOR, its Java program failed" in out
+        assert ("steered, left out: METEOR" in out) == (conditions["plain"]["scores"] is full)
         columns, rows = steering_section._of_captions(conditions)
         assert columns == ["CIDEr", "METEOR"]
         lacking = next(name for name, each in conditions.items() if each["scores"] is bare)
@@ -254,12 +366,19 @@ def test_what_models_say_is_no_markup(capsys):
 
 
 def test_the_report_shows_the_scores_of_the_bench():
-    measured = {"POPE": {"official": {"accuracy": 1.0}, "plain": {"accuracy": 0.5, "f1": None}}}
-    measured |= {"AMBER": {"plain": {"cover": 0.25, "length": 12.0}}}
+    samples = [
+        Sample(label, Path("a.jpg"), "a", "?", (label,), {"label": label})
+        for label in ("yes", "no")
+    ]
+    # Officially "No!" is a yes, and XL-VLMs' figures come last.
+    measured = hallucination.pope_figures(samples, ["Yes.", "No!"])
+    measured |= {"CHAIR": {"scenes": {"chair_i": 0.5}}}
+    measured |= {"AMBER": {"official": {}, "plain": {"cover": 0.25, "hal": None, "length": 12.0}}}
     columns, figures = steering_section._of_bench({"plain": measured})
     assert columns == [
-        *("POPE accuracy %, plain", "POPE f1 %, plain", "AMBER cover %, plain"),
-        "AMBER length, plain",
+        *(f"POPE {name} %, plain" for name in ("accuracy", "precision", "recall", "f1")),
+        *("POPE yes share %, plain", "CHAIR chair i %, scenes"),
+        *("AMBER cover %, plain", "AMBER hal %, plain", "AMBER length, plain"),
     ]
-    assert figures == {"plain": ["50.0", "–", "25.0", "12.0"]}
+    assert figures == {"plain": ["100.0"] * 4 + ["50.0", "50.0", "25.0", "–", "12.0"]}
     assert steering_section._title({"kind": "captions", "words": []}) == "Captions"

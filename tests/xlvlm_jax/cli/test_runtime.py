@@ -58,6 +58,15 @@ def test_a_terminal_shows_the_objective(screen):
     assert "objective 1.25" in screen.getvalue()
 
 
+def test_names_of_models_are_no_markup(screen):
+    name = "/data/[/old]/m"
+    with console.spinner(f"loading {name}"):
+        pass
+    assert f"loading {name}" in screen.getvalue()
+    with pytest.raises(FileNotFoundError, match=r"/data/\[/old\]/m"):
+        console.load_model(name)
+
+
 def test_without_a_terminal_nothing_is_shown(capsys):
     with runtime.saying_compilations(), console.solver_bar("snmf") as tell:
         assert tell is None

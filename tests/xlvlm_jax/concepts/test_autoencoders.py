@@ -513,7 +513,10 @@ class TestCommand:
         }
         narrow = sae.Dictionary.of(params, sae.Settings("standard"))
         sae.save(narrow, tmp_path / "narrow")
-        refused("Z has 6 columns but the concepts have 5", "--dictionary", tmp_path / "narrow")
+        given, fitting = ("--dictionary", tmp_path / "narrow"), stored("fitting")
+        for mode in ((), ("--dry-run",), ("--stream",)):
+            refused("Z has 6 columns but the concepts have 5", *given, *mode)
+            refused("learns from one matrix", *fitting, "--target-site", "a", *mode)
         monkeypatch.setattr(autoencoders, "SAVE_EVERY", 2)
 
         def kill(at):

@@ -1,5 +1,6 @@
 """Answers of an earlier run, ours or XL-VLMs', and messages."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -44,6 +45,46 @@ def test_other_settings_are_told(tmp_path, recwarn):
     warn_of_others(tmp_path, SAMPLES, model=None, max_new_tokens=10)
     warn_of_others(tmp_path / "predictions.jsonl", SAMPLES, model="n")
     assert not recwarn.list
+
+
+def test_questions_that_share_an_id_are_not_mixed_up(tmp_path):
+    """POPE's files number their questions alike: splits differ in what is absent."""
+    asked = ["Is there a dog in the image?", "Is there a cat in the image?"]
+    samples = [
+        dataclasses.replace(sample, metadata={"question": text})
+        for sample, text in zip(SAMPLES, asked, strict=True)
+    ]
+
+    def write(questions):
+        lines = [
+            {"id": sample.id, "predictions": {"plain": "no"}} | told
+            for sample, told in zip(samples, questions, strict=True)
+        ]
+        (tmp_path / "predictions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    for same in ([{"question": text} for text in asked], [{}, {}]):
+        write(same)
+        assert read_baseline(tmp_path, samples) == ["no", "no"]
+    write([{"question": asked[0]}, {"question": "Is there a car in the image?"}])
+    with pytest.raises(ValueError, match="sample '8' is another question, 'Is there a car in the"):
+        read_baseline(tmp_path, samples)
+    assert read_baseline(tmp_path, SAMPLES) == ["no", "no"]  # nothing is known to differ
+
+
+def test_another_adapter_or_checkpoint_is_told(tmp_path, recwarn):
+    """An adapter does not change the checkpoint's fingerprint."""
+    line = {"id": "7", "predictions": {"plain": "a"}}
+    (tmp_path / "predictions.jsonl").write_text(json.dumps(line))
+    (tmp_path / "summary.json").write_text("{}")  # of an earlier release
+    made_with = {"adapter": None, "dtype": "float32"}
+    warn_of_others(tmp_path, SAMPLES, about=made_with, fingerprint="b", generation_config={})
+    assert not recwarn.list
+    told = {"about": made_with | {"adapter": "color"}, "fingerprint": "a"}
+    (tmp_path / "summary.json").write_text(json.dumps(told))
+    with pytest.warns(UserWarning, match="fingerprint 'a' instead of 'b'; adapter 'color' instead"):
+        warn_of_others(tmp_path, SAMPLES, about=made_with, fingerprint="b")
+    with pytest.warns(UserWarning, match=r"with generation config \{\} instead of \{'top_k': 3\}:"):
+        warn_of_others(tmp_path, SAMPLES, generation_config={"top_k": 3})
 
 
 def test_messages(tmp_path):

@@ -224,6 +224,9 @@ def test_descriptions_are_refused_before_a_model_has_written_them(monkeypatch):
     monkeypatch.setattr(Descriptions, "protocols", ("plain", "official"))
     with pytest.raises(ValueError, match="nltk has no data"):
         task.require([described(1, ("dog",), ())])
+    task.require_trial([described(1, ("dog",), ())])  # by the plain protocol
+    with pytest.raises(ValueError, match="'lion' is not in AMBER's list of words"):
+        task.require_trial([described(1, ("lion",), ())])
 
 
 def test_what_only_fails_is_found_before_answers(monkeypatch):
@@ -235,15 +238,23 @@ def test_what_only_fails_is_found_before_answers(monkeypatch):
         Captions().require_trial(captions[:1])
     with pytest.raises(ValueError, match="have no references, which the cost of steering"):
         Captions(("dog",)).require_trial(captions[1:])
-    ObjectCaptions().require_trial(captions[:1])
+    ObjectCaptions().require_trial(captions)  # CHAIR needs no references
+    with pytest.raises(ValueError, match="objects in the pictures are unknown"):
+        ObjectCaptions().require_trial(SAMPLES[:1])
     with pytest.raises(ValueError, match="no answers to choose by; give --source"):
         Questions().require_trial(SAMPLES)
-    Presence().require_trial(SAMPLES)
+    Presence(("zebra",), ("gnu",), without="yesno").require_trial(SAMPLES)
+    with pytest.raises(ValueError, match="no labels yes and no"):
+        Presence().require_trial(SAMPLES[-2:])
+    with pytest.raises(ValueError, match="expected a question of POPE about an object of COCO"):
+        evaluation.ObjectDescriptions().require_trial(SAMPLES)
+    Questions(("yes",), ("no",), without="yesno").require_trial(SAMPLES)
     with pytest.raises(ValueError, match=r"type 'yesno'; expected one of .*yes/no"):
         Questions(without="yesno").require(SAMPLES)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pycocoevalcap, which is not installed"):
         Captions().require(captions[:1])
+    ObjectCaptions().require_trial(captions)
 
 
 @pytest.mark.parametrize("word", ["", "A", ","])

@@ -10,6 +10,7 @@ import pandas
 import pytest
 
 from xlvlm_jax import SteeringVector, evaluation
+from xlvlm_jax.demo import embedded
 from xlvlm_jax.evaluation import Condition, Questions, Sweep, Trial
 from xlvlm_jax.report.steering_figures import plot_tradeoff
 
@@ -116,6 +117,9 @@ def test_a_killed_sweep_resumes(vlm, questions, tried, tmp_path, encoded):
         evaluation.run_sweep(
             vlm, asked, Questions(("no",), ("yes",)), tried, tmp_path / "s", **options
         )
+    adapted = vlm.with_adapter(embedded.find_adapter("color"))
+    with pytest.raises(ValueError, match="holds a sweep with another adapter"):
+        evaluation.run_sweep(adapted, asked, TASK, tried, tmp_path / "s", **options)
 
 
 @pytest.mark.wrong_types

@@ -7,6 +7,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from xlvlm_jax import data, evaluation
+from xlvlm_jax.demo import embedded
 from xlvlm_jax.evaluation import Captions, Condition, Questions
 from xlvlm_jax.report import write_report
 from xlvlm_jax.report.steering_figures import draw_all, plot_sweep, short_names
@@ -58,11 +59,19 @@ def test_the_files_hold_what_was_answered_and_measured(run, asked):
     assert summary["conditions"]["plain"]["changes"]["changed"] == 0
 
 
-def test_values_of_generation_config_that_apply_are_kept(vlm, asked, tmp_path):
+def test_values_of_generation_config_and_the_adapter_are_kept(vlm, asked, tmp_path):
     changed = vlm.with_generation_config({"suppress_tokens": [7], "top_k": 3})
     options = {"max_new_tokens": 1, "batch_size": 4}
-    summary = evaluation.evaluate(changed, asked[:4], TASK, tmp_path, **options)
+    summary = evaluation.evaluate(changed, asked[:4], TASK, tmp_path / "a", **options)
     assert summary["generation_config"] == {"suppress_tokens": [7]}
+    assert summary["about"]["adapter"] is None and summary["about"]["dtype"] == "float32"
+    adapted = vlm.with_adapter(embedded.find_adapter("color"))
+    assert adapted.fingerprint == summary["fingerprint"] == vlm.fingerprint
+    with pytest.warns(UserWarning, match=r"generation config .* of \{\}; adapter None instead of"):
+        told = evaluation.evaluate(
+            adapted, asked[:4], TASK, tmp_path / "b", baseline=tmp_path / "a", **options
+        )
+    assert told["about"]["adapter"] is not None
 
 
 def test_the_trials_are_kept_with_the_chosen_one(run):
