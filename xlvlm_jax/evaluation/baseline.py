@@ -44,7 +44,7 @@ def read_baseline(path: str | os.PathLike[str], samples: Sequence[Sample]) -> li
             answers = {line["id"]: line["predictions"]["plain"] for line in lines}
             asked = {line["id"]: line.get("question") for line in lines}
         else:
-            answers = json.loads(file.read_text("utf-8"))
+            answers = json.loads(file.read_text("utf-8-sig"))
         if not isinstance(answers, dict):
             raise TypeError(f"a {type(answers).__name__}")
     except versions.UnknownVersionError:
@@ -120,4 +120,4 @@ def warn_of_others(
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    return [json.loads(line) for line in file.read_text("utf-8-sig").splitlines()]

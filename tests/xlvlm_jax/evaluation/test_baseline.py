@@ -16,10 +16,10 @@ SAMPLES = [Sample(str(i), Path(f"COCO_val2014_{i:012d}.jpg"), str(i), "?", ("a",
 
 def test_answers_of_both_kinds_of_runs(tmp_path):
     lines = [{"id": str(i), "predictions": {"plain": f" a{i}", "steered": "no"}} for i in (8, 7, 9)]
-    (tmp_path / "predictions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "predictions.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8-sig")
     assert read_baseline(tmp_path, SAMPLES) == ["a7", "a8"]
     questions, captions = tmp_path / "q.json", tmp_path / "c.json"
-    questions.write_text(json.dumps({"8": "yes", "7": "no"}))
+    questions.write_text(json.dumps({"8": "yes", "7": "no"}), "utf-8-sig")  # a mark
     assert read_baseline(questions, SAMPLES) == ["no", "yes"]
     captions.write_text(json.dumps({sample.image.stem: sample.id for sample in SAMPLES}))
     assert read_baseline(captions, SAMPLES) == ["7", "8"]
