@@ -30,3 +30,5 @@ class Case(NamedTuple):
     is_solver: bool = True
     # Raises ValueError if the mesh does not divide the program.
     check: Callable[[Place], None] | None = None
+    # What the number of rows is multiplied by to see what grows.
+    times: tuple[int, int] = (1, 2)

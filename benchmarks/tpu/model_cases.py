@@ -170,11 +170,14 @@ def lora_step(name: str, whole: bool, place: Place, times: int) -> Built:
     state = training.State(adapter, moments, None, *none)
     inputs = inputs_of(name, place)
     lengths = place.abstract((B * place.data,), jnp.int32)
+    where = None
+    if place.mesh is not None:
+        where = tuple(leaf.sharding for leaf in jax.tree.leaves(state))
 
     def run(state: Any, params: Any, inputs: Any, lengths: Any) -> Any:
         return training.train_step(
             vlm.module, settings, 10, ANSWER, state, (params, scale), inputs, lengths, True,
-            mesh=place.mesh,
+            where=where, mesh=place.mesh,
         )  # fmt: skip
 
     arguments = (state, vlm.params, inputs, lengths)

@@ -37,6 +37,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
@@ -317,9 +318,22 @@ def _beyond(basis: Float[Array, "D V"], images: Float[Array, "D V"]) -> Float[Ar
 def overlaps(scores: Float[Array, "N M"], rows: Rows = ONE_DEVICE) -> Float[Array, "M M"]:
     """Returns scores^T scores; the lower triangle is mirrored."""
     N, M = scores.shape
-    return _products_of_columns(
-        lambda first, count: sums.block_of(scores, first, count), N, M, rows
-    )
+
+    def block(first: Array | int, count: int) -> Array:
+        return _rows_last(sums.block_of(scores, first, count))
+
+    return _products_of_columns(block, N, M, rows)
+
+
+def _rows_last(values: Float[Array, "N M"]) -> Float[Array, "N M"]:
+    """Returns values that a TPU keeps with the rows along its lanes.
+
+    For a loop over blocks of rows, its compiler would copy all of them with the columns there, each
+    row padded to 128.
+    """
+    if jax.default_backend() != "tpu":
+        return values
+    return with_layout_constraint(values, Layout((1, 0)))
 
 
 def principal(
