@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ports
-import xlvlm_jax
 from ports.models import clip
 from xlvlm_jax import data
 from xlvlm_jax.concepts.record import Concepts
@@ -167,7 +166,7 @@ def run(
 def _description(
     word: str, num_concepts: int, seed: int, rows: dict[str, int], seconds: dict[str, float]
 ) -> dict[str, Any]:
-    packages = ("jax", "flax", "transformers", "numpy")
+    packages = ("xlvlm-jax", "jax", "flax", "transformers", "numpy")
     return {
         "model": "the embedded LLaVA",
         "data": f"{NUM_TRAIN} drawn scenes to learn from, {NUM_TEST} to test on",
@@ -178,8 +177,13 @@ def _description(
         "rows": rows,
         "seed": seed,
         "seconds": dict(seconds),
-        # Its own version is not in the metadata of a tree that is not installed.
-        "versions": {"xlvlm-jax": xlvlm_jax.__version__}
-        | {name: importlib.metadata.version(name) for name in packages}
+        "versions": {name: _version(name) for name in packages}
         | {"python": platform.python_version()},
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"  # a source tree that runs in place
