@@ -86,7 +86,9 @@ tolerance. DictionaryLearning is omitted for more than 3,000 rows and for states
 minutes to tens of minutes. "States" are random, with the decay and the common direction of hidden
 states; "features" are real, from the embedded model's final norm. faiss makes as many updates as
 scikit-learn needed; MiniBatchKMeans and MiniBatchDictionaryLearning stop at different objectives
-than the others, as the table shows.
+than the others, as the table shows. The wheel of faiss multiplies at 50 GFLOP/s on one thread here,
+and two may be slower than one. Rows of PCA, and the times under "Growth", were measured while other
+programs ran: there, compare numbers of one row.
 
 {worse}
 
@@ -108,8 +110,8 @@ product, with half the operations of XLA's product, and without scores, which we
 Limits of memory: with hundreds of concepts, the result itself, K / D of Z; with few concepts and
 Z of 16 MB, as in the growth below, two tiles of 2 MB in k-means.
 
-semi-NMF with 256 concepts (one run) continues for hundreds of updates after reaching the objectives
-of the other libraries; with 4096 columns, at a minute per run, it was omitted.
+semi-NMF with 256 concepts continues for hundreds of updates after reaching the objectives
+of the other libraries; only some of its cases were run.
 
 LAPACK uses one thread while a solver runs: OpenBLAS's threads spin for about 20 ms after a call,
 and XLA's products would have to wait for the cores.
