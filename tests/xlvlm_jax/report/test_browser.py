@@ -89,9 +89,9 @@ def test_a_map_covers_its_picture_and_lets_it_open(page):
     one, other = (shot.locator(f"img:{nth}-child").bounding_box() for nth in ("first", "last"))
     assert one == pytest.approx(other)
     shot.click()
-    assert page.locator("dialog").is_visible()
+    page.locator("dialog").wait_for(state="visible")
     page.keyboard.press("Escape")
-    assert not page.locator("dialog").is_visible()
+    page.locator("dialog").wait_for(state="hidden")
 
 
 @pytest.mark.parametrize("width", [320, 700, 1200])
@@ -123,7 +123,8 @@ def test_a_pair_leads_to_all_of_its_concept(open_page, report, tmp_path):
     assert not page.locator("#s1-0").is_visible()
     for _ in range(2):
         page.locator("#beside-1 a.number", has_text="0").click()
-        assert page.locator("#s1-0").is_visible()
+        # A browser says that the address has changed after the click has returned.
+        page.locator("#s1-0").wait_for(state="visible")
         page.locator("#s1 .tools input").fill("sea")
     assert page.locator("#s1 .card:visible").count() == 1
 
