@@ -45,7 +45,7 @@ one process. Reproduce with
     python -m benchmarks.solvers.page      # this page
 
 K-means with hundreds of clusters and more is compared with further libraries in
-[many clusters](../docs/measurements.md#many-clusters).
+[many clusters](../docs/measurements-solvers.md#many-clusters).
 
 `python -m benchmarks.sums` measures the effect of rounding on their sums over 10,000 to 20 million
 rows: [sums.md](sums.md).
