@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 
 from xlvlm_jax.cli import runtime
-from xlvlm_jax.cli.console import Seed, bars, console, load_model, progress_bars
+from xlvlm_jax.cli.console import Dtype, Seed, bars, console, load_model, progress_bars
 
 DEFAULT_SITE = "layers.5"
 ENCODERS = ("snmf", "kmeans", "simple", "pca")  # methods that encode on components alone
@@ -40,6 +40,7 @@ def bench_concepts(
             help="Pictures to learn from; 40 % as many each are for fitting probes and for testing."
         ),
     ] = 500,
+    dtype: Dtype = "float32",
     seeds: Annotated[
         int, typer.Option(help="Number of seeds; each draws and learns anew. Ranks want 3.")
     ] = 1,
@@ -62,7 +63,7 @@ def bench_concepts(
         raise ValueError(f"--encode-as is {encode_as!r}; expected one of {', '.join(ENCODERS)}")
     tested = max(round(0.4 * pictures), 1)
     entries = [parse_entry(text) for text in dictionaries or stage.METHODS]
-    vlm = load_model(model)
+    vlm = load_model(model, dtype)
     runtime.resumes()
     with progress_bars() as progress:
         result = stage.run_benchmark(

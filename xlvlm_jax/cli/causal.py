@@ -7,6 +7,7 @@ import typer
 from rich.table import Table
 
 from xlvlm_jax.cli.console import (
+    DtypeOfFeatures,
     Images,
     Overwrite,
     Seed,
@@ -14,6 +15,7 @@ from xlvlm_jax.cli.console import (
     Strict,
     bars,
     console,
+    dtype_of,
     load_model,
     named_features,
     parse_where,
@@ -68,6 +70,7 @@ def causal(
         ),
     ] = "predicting",
     batch_size: Annotated[int, typer.Option(help="Samples per batch.")] = 16,
+    dtype: DtypeOfFeatures = None,
     site: Site = None,
     images: Images = None,
     overwrite: Overwrite = False,
@@ -97,7 +100,7 @@ def causal(
     answers = [text for text in said if text]
     if len(answers) < len(samples):
         console.print("samples without an answer: measuring the position after each prompt")
-    vlm = load_model(model)
+    vlm = load_model(model, dtype_of(dtype, opened))
     site = stage.require_concepts_of(learnt, vlm, site)
     mean = None
     if site in opened.sites and not method_named(learnt.method).takes_target:

@@ -21,6 +21,7 @@ from rich.status import Status
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from xlvlm_jax.features.reader import Features
     from xlvlm_jax.solvers.phases import Standing, Tell
 
 # Answers, words and file names are text: "[/INST] yes" and "[a dog]" are not markup.
@@ -40,6 +41,17 @@ Model = Annotated[
 ]
 Site = Annotated[
     str | None, typer.Option(help="Site whose states to use; optional if there is only one.")
+]
+Dtype = Annotated[
+    str, typer.Option(help="Dtype of the model's parameters: float32, bfloat16 or float16.")
+]
+DtypeOfFeatures = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        help="Dtype of the model's parameters: float32, bfloat16 or float16. Default: what the "
+        "features were extracted with.",
+    ),
 ]
 Mesh = Annotated[
     str | None,
@@ -152,6 +164,21 @@ def named_features(
     if named is None:
         raise ValueError(f"{made} does not name its features; give {option}")
     return Path(named)
+
+
+def dtype_of(given: str | None, *features: "Features | None") -> str:
+    """Returns the dtype to load a model with.
+
+    Args:
+        given: the value of --dtype.
+        *features: features of the model; the first that names a dtype counts.
+
+    Returns:
+        The dtype that is given, or else that of the model when the features were extracted;
+        float32 if none is known.
+    """
+    named = (each.manifest.get("model dtype") for each in features if each is not None)
+    return given or next(filter(None, named), "float32")
 
 
 def show_skipped(skipped: Mapping[str, str] | Iterable[tuple[str, str]]) -> None:

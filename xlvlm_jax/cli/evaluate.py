@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from xlvlm_jax.cli.console import (
+    Dtype,
     IgnoreGenerationConfig,
     Model,
     Overwrite,
@@ -29,7 +30,6 @@ from xlvlm_jax.cli.evaluate_options import (
     BatchSize,
     Data,
     Dataset,
-    Dtype,
     Edit,
     Instruction,
     Java,

@@ -105,9 +105,6 @@ NewTokens = Annotated[
     ),
 ]
 BatchSize = Annotated[int, typer.Option(help="Samples per batch.")]
-Dtype = Annotated[
-    str, typer.Option(help="Dtype of the model's parameters: float32, bfloat16 or float16.")
-]
 Edit = typer.Option(
     help="How a vector changes the states: add (alpha x vector), add_relative (scaled to the norm "
     "of each state), ablate (remove the vector's direction; alpha 2 mirrors the states) or replace."

@@ -8,10 +8,12 @@ import typer
 from rich.table import Table
 
 from xlvlm_jax.cli.console import (
+    DtypeOfFeatures,
     Images,
     Overwrite,
     Site,
     console,
+    dtype_of,
     load_model,
     refuse_existing,
     require_counts,
@@ -57,6 +59,7 @@ def explain(
     adapter: Annotated[
         str | None, typer.Option(help="LoRA adapter (directory or Hub ID) to merge into the model.")
     ] = None,
+    dtype: DtypeOfFeatures = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Explain one sample by its concepts: words, pictures and, with a model, maps and effects."""
@@ -102,7 +105,7 @@ def explain(
             asked = asked if prompt is None else dataclasses.replace(asked, prompt=prompt)
         selection = {} if opened is None else opened.manifest.get("selection") or {}
         explained = explain_picture(
-            load_model(model, adapter=adapter),
+            load_model(model, dtype_of(dtype, opened), adapter=adapter),
             learnt,
             asked,
             num_concepts=num_concepts,

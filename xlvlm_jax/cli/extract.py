@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from xlvlm_jax.cli.console import (
+    Dtype,
     IgnoreGenerationConfig,
     Mesh,
     Model,
@@ -128,9 +129,7 @@ def extract(
     questions: QuestionsFile = None,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.")] = 20,
     batch_size: Annotated[int, typer.Option(help="Samples per batch.")] = 16,
-    dtype: Annotated[
-        str, typer.Option(help="Dtype of the model's parameters: float32, bfloat16 or float16.")
-    ] = "float32",
+    dtype: Dtype = "float32",
     states_dtype: Annotated[
         str, typer.Option(help="Dtype of the stored states: float32, float16 or bfloat16.")
     ] = "float32",

@@ -10,6 +10,7 @@ import typer
 from rich.progress import Progress
 
 from xlvlm_jax.cli.console import (
+    Dtype,
     Model,
     Seed,
     Strict,
@@ -89,9 +90,7 @@ def finetune(
         typer.Option(help="Steps between evaluations. Default: only before and after training."),
     ] = None,
     save_every: Annotated[int, typer.Option(help="Steps between saved training states.")] = 100,
-    dtype: Annotated[
-        str, typer.Option(help="Dtype of the model's parameters: float32, bfloat16 or float16.")
-    ] = "float32",
+    dtype: Dtype = "float32",
     strict: Strict = False,
     recompute: Annotated[
         bool | None,

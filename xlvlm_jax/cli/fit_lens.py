@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from xlvlm_jax.cli.console import (
+    Dtype,
     Model,
     Overwrite,
     Seed,
@@ -44,7 +45,7 @@ def fit_lens(
     ] = 16,
     num_samples: Annotated[int, typer.Option(help="Maximum number of samples.")] = 100,
     batch_size: Annotated[int, typer.Option(help="Samples per batch.")] = 4,
-    dtype: Annotated[str, typer.Option(help="Dtype of the parameters.")] = "float32",
+    dtype: Dtype = "float32",
     overwrite: Overwrite = False,
     strict: Strict = False,
     seed: Seed = 0,

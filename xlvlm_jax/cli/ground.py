@@ -7,11 +7,13 @@ import typer
 from rich.table import Table
 
 from xlvlm_jax.cli.console import (
+    DtypeOfFeatures,
     Images,
     Overwrite,
     ThroughNorm,
     WordRules,
     console,
+    dtype_of,
     errors,
     load_model,
     require_counts,
@@ -41,6 +43,7 @@ def ground(
             "along which `causal` and `explain` edit, instead of from the centroids.",
         ),
     ] = False,
+    dtype: DtypeOfFeatures = None,
     protocol: Protocol = None,
     images: Images = None,
     overwrite: Overwrite = False,
@@ -58,7 +61,7 @@ def ground(
     opened = Features.open(source, images=images)
     grounded = ground_concepts(
         concepts,
-        load_model(model),
+        load_model(model, dtype_of(dtype, opened)),
         opened,
         num_words=num_words,
         num_candidates=num_candidates,

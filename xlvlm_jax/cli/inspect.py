@@ -6,7 +6,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from xlvlm_jax.cli.console import Mesh, Model, console, load_model, parse_mesh
+from xlvlm_jax.cli.console import Dtype, Mesh, Model, console, load_model, parse_mesh
 
 if TYPE_CHECKING:
     from ports.inspection import Inspection
@@ -84,9 +84,7 @@ def inspect(
             help="Site whose states to store, or a pattern ('layers.*'); may be repeated."
         ),
     ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Dtype of the model's parameters: float32, bfloat16 or float16.")
-    ] = "float32",
+    dtype: Dtype = "float32",
     mesh: Mesh = None,
 ) -> None:
     """Show a checkpoint's parts, sites and prompt, and the memory a run needs; reads no weights."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from xlvlm_jax.cli.console import (
+    Dtype,
     Overwrite,
     bars,
     console,
@@ -16,7 +17,6 @@ from xlvlm_jax.cli.console import (
     require_counts,
     spinner,
 )
-from xlvlm_jax.cli.evaluate_options import Dtype
 
 
 def judge(

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from xlvlm_jax.cli.console import (
+    Dtype,
     Model,
     Overwrite,
     console,
@@ -49,7 +50,7 @@ def lens(
     ] = None,
     num_words: Annotated[int, typer.Option(help="Words per layer and token.")] = 5,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to answer.")] = 20,
-    dtype: Annotated[str, typer.Option(help="Dtype of the parameters.")] = "float32",
+    dtype: Dtype = "float32",
     overwrite: Overwrite = False,
 ) -> None:
     """Show what every layer would say at every token, as a page (logit lens)."""

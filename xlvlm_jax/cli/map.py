@@ -1,21 +1,26 @@
 """`xlvlm map`: where in pictures a concept, a word, a vector or an answer is."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from xlvlm_jax.cli.console import (
+    DtypeOfFeatures,
     Model,
     Overwrite,
     ThroughNorm,
     bars,
     console,
+    dtype_of,
     load_model,
     named_features,
     progress_bars,
     refuse_existing,
 )
+
+if TYPE_CHECKING:
+    from xlvlm_jax import Concepts, Features
 
 
 def map_(
@@ -71,6 +76,7 @@ def map_(
     adapter: Annotated[
         str | None, typer.Option(help="LoRA adapter (directory or Hub ID) to merge into the model.")
     ] = None,
+    dtype: DtypeOfFeatures = None,
     through_norm: ThroughNorm = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -92,7 +98,7 @@ def map_(
                 "no pictures given; name image files or folders, or give --concepts alone to map "
                 "each concept on its own pictures"
             )
-        _store(model, concepts, adapter, overwrite)
+        _store(model, concepts, dtype, adapter, overwrite)
         return
     if output is None:
         raise ValueError("no file to write; give --output, such as maps.html or maps.png")
@@ -110,7 +116,7 @@ def map_(
     learnt = None if concepts is None else Concepts.load(concepts)
     names = distinct_ends([path.with_suffix("") for path in vector or ()])
     loaded = {n: SteeringVector.load(path) for n, path in zip(names, vector or (), strict=True)}
-    vlm = load_model(model, adapter=adapter)
+    vlm = load_model(model, dtype_of(dtype, _features_of(learnt)), adapter=adapter)
     for each in loaded.values():
         files.require_fitted_model(each.source, vlm)
     found = map_pictures(
@@ -136,7 +142,17 @@ def map_(
     console.print(f"{counted(len(found.rows), 'map')} of {shown} -> {output}", highlight=False)
 
 
-def _store(model: str, directory: Path, adapter: str | None, overwrite: bool) -> None:
+def _features_of(learnt: "Concepts | None") -> "Features | None":
+    """Returns the features of concepts, if they are still there: pictures do not need them."""
+    from xlvlm_jax import Features
+
+    source = None if learnt is None else learnt.source.get("features")
+    return Features.open(source) if source is not None and Path(source).is_dir() else None
+
+
+def _store(
+    model: str, directory: Path, dtype: str | None, adapter: str | None, overwrite: bool
+) -> None:
     """Maps each concept over the pictures that activate it most, and stores the maps."""
     from ports.messages import counted
     from xlvlm_jax import Concepts, Features
@@ -145,10 +161,11 @@ def _store(model: str, directory: Path, adapter: str | None, overwrite: bool) ->
     refuse_existing(directory / FILE, overwrite)
     learnt = Concepts.load(directory)
     source = named_features(None, learnt.source, directory, "pictures to map")
-    vlm = load_model(model, adapter=adapter)
+    opened = Features.open(source)
+    vlm = load_model(model, dtype_of(dtype, opened), adapter=adapter)
     with progress_bars() as progress:
         advance = bars(progress)("mapping")
-        found = map_top_pictures(vlm, learnt, Features.open(source), progress=advance)
+        found = map_top_pictures(vlm, learnt, opened, progress=advance)
     save_maps(directory, learnt, found)
     shown = counted(len({sample for _, sample in found}), "picture")
     console.print(f"{counted(len(found), 'map')} of {shown} -> {directory / FILE}", highlight=False)

@@ -12,6 +12,7 @@ import typer
 
 from xlvlm_jax.cli import runtime
 from xlvlm_jax.cli.console import (
+    Dtype,
     IgnoreGenerationConfig,
     Model,
     as_it_generates,
@@ -41,6 +42,7 @@ def play(
     adapter: Annotated[
         str | None, typer.Option(help="LoRA adapter (directory or Hub ID) to merge into the model.")
     ] = None,
+    dtype: Dtype = "float32",
     max_new_tokens: Annotated[
         int, typer.Option(help="Maximum number of tokens of an answer.", min=1)
     ] = 48,
@@ -70,7 +72,7 @@ def play(
     from xlvlm_jax.playground.pictures import Pictures
 
     with _listening(server.HOST, port) as listener, Pictures() as pictures:
-        vlm = as_it_generates(load_model(model, adapter=adapter), ignore_generation_config)
+        vlm = as_it_generates(load_model(model, dtype, adapter=adapter), ignore_generation_config)
 
         def tell(message: str) -> None:
             errors.print(message, style="yellow")

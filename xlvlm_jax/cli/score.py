@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from xlvlm_jax.cli.console import (
+    DtypeOfFeatures,
     Images,
     Overwrite,
     Seed,
@@ -18,6 +19,7 @@ from xlvlm_jax.cli.console import (
     WordRules,
     bars,
     console,
+    dtype_of,
     load_model,
     named_features,
     progress_bars,
@@ -95,6 +97,7 @@ def score(
     ] = 2,
     through_norm: ThroughNorm = None,
     word_rules: WordRules = "default",
+    dtype: DtypeOfFeatures = None,
     protocol: Protocol = None,
     site: Site = None,
     images: Images = None,
@@ -135,7 +138,7 @@ def score(
         with progress_bars() as progress:
             rows = compare(
                 train,
-                load_model(model),
+                load_model(model, dtype_of(dtype, train)),
                 scorer,
                 methods=names,
                 num_concepts=counts,
@@ -227,7 +230,7 @@ def _require_either(context: typer.Context, concepts: Any, methods: str | None) 
     if bool(concepts) == bool(methods):
         raise ValueError("give either directories of concepts or --methods to compare")
     if not methods:
-        learning = ("features", "num_concepts", "model", "seeds")
+        learning = ("features", "num_concepts", "model", "dtype", "seeds")
         decoding = ("through_norm", "word_rules", "protocol")
         refuse_given(context, (*learning, *decoding), "without --methods")
 

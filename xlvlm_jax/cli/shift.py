@@ -8,6 +8,7 @@ import typer
 from rich.table import Table
 
 from xlvlm_jax.cli.console import (
+    DtypeOfFeatures,
     Images,
     Overwrite,
     Seed,
@@ -15,6 +16,7 @@ from xlvlm_jax.cli.console import (
     ThroughNorm,
     WordRules,
     console,
+    dtype_of,
     load_model,
     refuse_existing,
     require_counts,
@@ -99,6 +101,7 @@ def shift(
     ] = False,
     through_norm: ThroughNorm = None,
     word_rules: WordRules = "default",
+    dtype: DtypeOfFeatures = None,
     protocol: Protocol = None,
     images: Images = None,
     overwrite: Overwrite = False,
@@ -125,10 +128,11 @@ def shift(
         common_site(before, after, site)
         pairs = match_samples(before, after)
     theirs = None if finetuned_concepts is None else Concepts.load(finetuned_concepts)
-    vlm = load_model(model)
-    other = load_model(finetuned_model) if finetuned_model else None
+    kind = dtype_of(dtype, before)
+    vlm = load_model(model, kind)
+    other = load_model(finetuned_model, kind) if finetuned_model else None
     if adapter:
-        other = load_model(model, adapter=adapter)
+        other = load_model(model, kind, adapter=adapter)
     with spinner("analysing"):
         analysis = shift_features(
             before,

@@ -9,6 +9,7 @@ import typer
 
 from xlvlm_jax.cli import steer_fit, steer_rank, steer_sweep
 from xlvlm_jax.cli.console import (
+    Dtype,
     IgnoreGenerationConfig,
     Model,
     Overwrite,
@@ -30,7 +31,6 @@ from xlvlm_jax.cli.evaluate_options import (
     BatchSize,
     Data,
     Dataset,
-    Dtype,
     Edit,
     Instruction,
     Java,

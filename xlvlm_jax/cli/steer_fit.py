@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from xlvlm_jax.cli.console import (
+    Dtype,
     Images,
     Overwrite,
     Seed,
@@ -254,9 +255,7 @@ def fit(
     ] = 1.5,
     steps: Annotated[int, typer.Option(help="learned: maximum number of optimiser steps.")] = 150,
     batch_size: Annotated[int, typer.Option(help="learned, l2s: samples per batch.")] = 32,
-    dtype: Annotated[
-        str, typer.Option(help="Dtype of the model's parameters: float32, bfloat16 or float16.")
-    ] = "float32",
+    dtype: Dtype = "float32",
     images: Images = None,
     overwrite: Overwrite = False,
     strict: Strict = False,

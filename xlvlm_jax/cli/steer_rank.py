@@ -8,6 +8,7 @@ import typer
 from rich.table import Table
 
 from xlvlm_jax.cli.console import (
+    Dtype,
     IgnoreGenerationConfig,
     Images,
     Overwrite,
@@ -54,9 +55,7 @@ def rank(
     max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens per answer.")] = 10,
     batch_size: Annotated[int, typer.Option(help="Samples per batch.")] = 16,
     adapter: Adapter = None,
-    dtype: Annotated[
-        str, typer.Option(help="Dtype of the model's parameters: float32, bfloat16 or float16.")
-    ] = "float32",
+    dtype: Dtype = "float32",
     ignore_generation_config: IgnoreGenerationConfig = False,
     images: Images = None,
     overwrite: Overwrite = False,

@@ -10,6 +10,7 @@ import typer
 
 from xlvlm_jax.cli import runtime
 from xlvlm_jax.cli.console import (
+    Dtype,
     IgnoreGenerationConfig,
     Model,
     Overwrite,
@@ -31,7 +32,6 @@ from xlvlm_jax.cli.evaluate_options import (
     BatchSize,
     Data,
     Dataset,
-    Dtype,
     Edit,
     Instruction,
     Negatives,

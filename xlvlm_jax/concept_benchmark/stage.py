@@ -200,7 +200,9 @@ def _learnt(
 
 
 def _settings(settings: Settings, seeds: Sequence[int], vlm: VLM) -> dict[str, Any]:
-    return settings._asdict() | {"seeds": list(seeds), **model_of(vlm)}
+    described = settings._asdict() | {"seeds": list(seeds), **model_of(vlm)}
+    # Runs of earlier releases, all of them in float32, do not name it.
+    return described if vlm.dtype.name == "float32" else described | {"dtype": vlm.dtype.name}
 
 
 def _described(concepts: Concepts, settings: Settings, vlm: VLM, seed: int) -> dict[str, Any]:
