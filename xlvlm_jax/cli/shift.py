@@ -128,11 +128,7 @@ def shift(
         common_site(before, after, site)
         pairs = match_samples(before, after)
     theirs = None if finetuned_concepts is None else Concepts.load(finetuned_concepts)
-    kind = dtype_of(dtype, before)
-    vlm = load_model(model, kind)
-    other = load_model(finetuned_model, kind) if finetuned_model else None
-    if adapter:
-        other = load_model(model, kind, adapter=adapter)
+    vlm, other = _models(model, finetuned_model, adapter, dtype_of(dtype, before))
     with spinner("analysing"):
         analysis = shift_features(
             before,
@@ -169,6 +165,16 @@ def shift(
             style="yellow",
         )
     console.print(f"-> {output}")
+
+
+def _models(
+    model: str, finetuned: str | None, adapter: str | None, dtype: str
+) -> tuple[Any, Any | None]:
+    """Loads the original model, and the fine-tuned one if it is named."""
+    vlm = load_model(model, dtype)
+    if adapter:
+        return vlm, load_model(model, dtype, adapter=adapter)
+    return vlm, load_model(finetuned, dtype) if finetuned else None
 
 
 def _named(output: Path, beside: Sequence[Path]) -> tuple[str, dict[str, Any]]:
