@@ -27,6 +27,7 @@ def bench_concepts(
         "run/bench-concepts"
     ),
     model: Annotated[str, typer.Option(help="Model whose states are decomposed.")] = "embedded",
+    adapter: Adapter = None,
     site: Annotated[str, typer.Option(help="Site of the states.")] = DEFAULT_SITE,
     num_concepts: Annotated[int, typer.Option(help="Concepts of those learnt here, K.")] = 128,
     k: Annotated[int, typer.Option("--k", help="Active concepts per state, L0.")] = 8,
@@ -63,7 +64,7 @@ def bench_concepts(
         raise ValueError(f"--encode-as is {encode_as!r}; expected one of {', '.join(ENCODERS)}")
     tested = max(round(0.4 * pictures), 1)
     entries = [parse_entry(text) for text in dictionaries or stage.METHODS]
-    vlm = load_model(model, dtype)
+    vlm = load_model(model, dtype, adapter=adapter)
     runtime.resumes()
     with progress_bars() as progress:
         result = stage.run_benchmark(

@@ -7,6 +7,7 @@ import typer
 from rich.table import Table
 
 from xlvlm_jax.cli.console import (
+    Adapter,
     DtypeOfFeatures,
     Images,
     Overwrite,
@@ -45,6 +46,7 @@ Fractions = Annotated[
 def causal(
     concepts: Annotated[Path, typer.Argument(help="Directory of concepts, grounded.")],
     model: Annotated[str, typer.Option(help="Model that the features were extracted from.")],
+    adapter: Adapter = None,
     features: Annotated[
         Path | None,
         typer.Option(
@@ -100,7 +102,7 @@ def causal(
     answers = [text for text in said if text]
     if len(answers) < len(samples):
         console.print("samples without an answer: measuring the position after each prompt")
-    vlm = load_model(model, dtype_of(dtype, opened))
+    vlm = load_model(model, dtype_of(dtype, opened), adapter=adapter)
     site = stage.require_concepts_of(learnt, vlm, site)
     mean = None
     if site in opened.sites and not method_named(learnt.method).takes_target:

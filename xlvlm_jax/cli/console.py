@@ -39,6 +39,13 @@ Model = Annotated[
     str,
     typer.Argument(help="A checkpoint directory, a Hub ID, or 'embedded' for the bundled model."),
 ]
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        help="LoRA adapter (directory or Hub ID) to merge into the model; for the embedded model "
+        "also color, place, mood or companions."
+    ),
+]
 Site = Annotated[
     str | None, typer.Option(help="Site whose states to use; optional if there is only one.")
 ]

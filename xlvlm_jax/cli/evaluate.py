@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from xlvlm_jax.cli.console import (
+    Adapter,
     Dtype,
     IgnoreGenerationConfig,
     Model,
@@ -24,7 +25,6 @@ from xlvlm_jax.cli.console import (
     show_skipped,
 )
 from xlvlm_jax.cli.evaluate_options import (
-    Adapter,
     AnswerTypes,
     Baseline,
     BatchSize,

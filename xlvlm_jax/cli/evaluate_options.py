@@ -40,13 +40,6 @@ Negatives = Annotated[
     Literal["random", "popular", "adversarial", "all"],
     typer.Option(help="Questions of scenes: how objects that are not there are drawn."),
 ]
-Adapter = Annotated[
-    str | None,
-    typer.Option(
-        help="LoRA adapter (directory or Hub ID) to merge into the model; for the embedded model "
-        "also color, place, mood or companions."
-    ),
-]
 Instruction = Annotated[
     str | None,
     typer.Option(help='Also evaluate with this text appended to the prompt, e.g. "Answer no.".'),
@@ -351,7 +344,9 @@ def describe_run(
     vectors: Sequence[Any],
 ) -> dict[str, Any]:
     """Returns where the samples and vectors come from, for the summary."""
-    names = ("method", "features", "source rows", "target rows", "model", "fingerprint")
+    from xlvlm_jax.storage.same_model import MODEL
+
+    names = ("method", "features", "source rows", "target rows", *MODEL)
     return {
         "data": str(data),
         "dataset": dataset,

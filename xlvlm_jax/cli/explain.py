@@ -8,6 +8,7 @@ import typer
 from rich.table import Table
 
 from xlvlm_jax.cli.console import (
+    Adapter,
     DtypeOfFeatures,
     Images,
     Overwrite,
@@ -56,9 +57,7 @@ def explain(
     max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.")] = 20,
     site: Site = None,
     images: Images = None,
-    adapter: Annotated[
-        str | None, typer.Option(help="LoRA adapter (directory or Hub ID) to merge into the model.")
-    ] = None,
+    adapter: Adapter = None,
     dtype: DtypeOfFeatures = None,
     overwrite: Overwrite = False,
 ) -> None:

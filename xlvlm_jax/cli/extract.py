@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from xlvlm_jax.cli.console import (
+    Adapter,
     Dtype,
     IgnoreGenerationConfig,
     Mesh,
@@ -134,10 +135,7 @@ def extract(
         str, typer.Option(help="Dtype of the stored states: float32, float16 or bfloat16.")
     ] = "float32",
     strict: Strict = False,
-    adapter: Annotated[
-        str | None,
-        typer.Option(help="LoRA adapter (directory or Hub ID) to merge into the model."),
-    ] = None,
+    adapter: Adapter = None,
     finetuned: Annotated[
         str | None,
         typer.Option(

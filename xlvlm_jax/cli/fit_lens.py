@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from xlvlm_jax.cli.console import (
+    Adapter,
     Dtype,
     Model,
     Overwrite,
@@ -45,6 +46,7 @@ def fit_lens(
     ] = 16,
     num_samples: Annotated[int, typer.Option(help="Maximum number of samples.")] = 100,
     batch_size: Annotated[int, typer.Option(help="Samples per batch.")] = 4,
+    adapter: Adapter = None,
     dtype: Dtype = "float32",
     overwrite: Overwrite = False,
     strict: Strict = False,
@@ -60,7 +62,7 @@ def fit_lens(
     require_counts(num_samples=num_samples, batch_size=batch_size)
     samples = few_samples(read_samples(dataset, data, split), num_samples, seed)
     answers = _first_references(samples) if references else None
-    vlm = load_model(model, dtype)
+    vlm = load_model(model, dtype, adapter=adapter)
     errors: dict[str, str] = {}
     made = batches(vlm, samples, answers, batch_size, ended=False, strict=strict, errors=errors)
     with progress_bars() as progress:

@@ -7,6 +7,7 @@ import typer
 from rich.table import Table
 
 from xlvlm_jax.cli.console import (
+    Adapter,
     DtypeOfFeatures,
     Images,
     Overwrite,
@@ -24,6 +25,7 @@ from xlvlm_jax.cli.protocol import Protocol
 def ground(
     concepts: Annotated[Path, typer.Argument(help="Directory of concepts.")],
     model: Annotated[str, typer.Option(help="Model that the features were extracted from.")],
+    adapter: Adapter = None,
     features: Annotated[
         Path | None,
         typer.Option(help="Features that the concepts were learnt on, if they were moved."),
@@ -61,7 +63,7 @@ def ground(
     opened = Features.open(source, images=images)
     grounded = ground_concepts(
         concepts,
-        load_model(model, dtype_of(dtype, opened)),
+        load_model(model, dtype_of(dtype, opened), adapter=adapter),
         opened,
         num_words=num_words,
         num_candidates=num_candidates,

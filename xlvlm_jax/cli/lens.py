@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from xlvlm_jax.cli.console import (
+    Adapter,
     Dtype,
     Model,
     Overwrite,
@@ -50,6 +51,7 @@ def lens(
     ] = None,
     num_words: Annotated[int, typer.Option(help="Words per layer and token.")] = 5,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to answer.")] = 20,
+    adapter: Adapter = None,
     dtype: Dtype = "float32",
     overwrite: Overwrite = False,
 ) -> None:
@@ -76,7 +78,7 @@ def lens(
         alpha,
         None if where is None else parse_where(where),
     )
-    vlm = load_model(model, dtype)
+    vlm = load_model(model, dtype, adapter=adapter)
     inputs = vlm.process([vlm.render(prompt)], [picture])
     edits = steered.edits(vlm, inputs)
     with spinner("reading the layers"):

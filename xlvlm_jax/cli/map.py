@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from xlvlm_jax.cli.console import (
+    Adapter,
     DtypeOfFeatures,
     Model,
     Overwrite,
@@ -73,9 +74,7 @@ def map_(
             help="Site for words and answers. Default: that of the concepts or of the vector."
         ),
     ] = None,
-    adapter: Annotated[
-        str | None, typer.Option(help="LoRA adapter (directory or Hub ID) to merge into the model.")
-    ] = None,
+    adapter: Adapter = None,
     dtype: DtypeOfFeatures = None,
     through_norm: ThroughNorm = None,
     overwrite: Overwrite = False,

@@ -13,10 +13,10 @@ FEW = 12
 PANELS = {
     "Data": "task dataset split negatives images prompt annotations questions objects containing "
     "excluding key any_case containing_match containing_in image_ids sample_ids dataset_size "
-    "num_samples first test",
+    "num_samples first test references",
     "Selection": "tokens rows match search_from include_prompt site source target words pairs "
     "features target_features target_site concepts concept finetuned_concepts num_words "
-    "num_candidates num_images "
+    "num_candidates num_images layer neighbours "
     "word_rules",
     "Method": "decomposition between_models matched source_concepts "
     "method methods num_concepts mode alpha k l1 learning_rate products dictionary skip "
@@ -25,14 +25,15 @@ PANELS = {
     "keep steps rank epochs "
     "rate schedule warmup weight_decay choose_on wanted max_cost num_choose reduce by num_targets "
     "assign_by normalise_shifts normalise_shifted penalty threshold num_keys num_heads direction "
-    "num_features feature_ids share num_masks fit_source fit_target budget budget_of",
+    "num_features feature_ids jacobian share num_masks fit_source fit_target budget budget_of",
     "Evaluation": "vqa_protocol without answer_types baseline "
     "clip bert bert_layer bert_idf bert_baseline stability seeds java "
     "evaluation_split evaluation_samples evaluate_every",
     "Model": "model processor adapter finetuned finetuned_model dtype through_norm max_new_tokens "
     "ignore_generation_config",
     "Scale": "batch_size at_once accumulate states_dtype mesh hosts workers stream save_every",
-    "Run": "protocol beside store_samples output overwrite strict dry_run ignore_disk profile seed",
+    "Run": "protocol beside store_samples output arrays overwrite strict "
+    "dry_run ignore_disk profile seed",
 }
 PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names.split()}
 

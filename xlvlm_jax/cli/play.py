@@ -12,6 +12,7 @@ import typer
 
 from xlvlm_jax.cli import runtime
 from xlvlm_jax.cli.console import (
+    Adapter,
     Dtype,
     IgnoreGenerationConfig,
     Model,
@@ -39,9 +40,7 @@ def play(
         list[Path] | None,
         typer.Option(help="File of `xlvlm steer fit` to show; may be repeated."),
     ] = None,
-    adapter: Annotated[
-        str | None, typer.Option(help="LoRA adapter (directory or Hub ID) to merge into the model.")
-    ] = None,
+    adapter: Adapter = None,
     dtype: Dtype = "float32",
     max_new_tokens: Annotated[
         int, typer.Option(help="Maximum number of tokens of an answer.", min=1)

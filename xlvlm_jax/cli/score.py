@@ -59,6 +59,9 @@ def score(
     model: Annotated[
         str | None, typer.Option(help="--methods: model that the features were extracted from.")
     ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="--methods: LoRA adapter that it was extracted with.")
+    ] = None,
     clip: Annotated[
         str | None,
         typer.Option(
@@ -138,7 +141,7 @@ def score(
         with progress_bars() as progress:
             rows = compare(
                 train,
-                load_model(model, dtype_of(dtype, train)),
+                load_model(model, dtype_of(dtype, train), adapter=adapter),
                 scorer,
                 methods=names,
                 num_concepts=counts,
@@ -230,7 +233,7 @@ def _require_either(context: typer.Context, concepts: Any, methods: str | None) 
     if bool(concepts) == bool(methods):
         raise ValueError("give either directories of concepts or --methods to compare")
     if not methods:
-        learning = ("features", "num_concepts", "model", "dtype", "seeds")
+        learning = ("features", "num_concepts", "model", "adapter", "dtype", "seeds")
         decoding = ("through_norm", "word_rules", "protocol")
         refuse_given(context, (*learning, *decoding), "without --methods")
 

@@ -9,6 +9,7 @@ import typer
 
 from xlvlm_jax.cli import steer_fit, steer_rank, steer_sweep
 from xlvlm_jax.cli.console import (
+    Adapter,
     Dtype,
     IgnoreGenerationConfig,
     Model,
@@ -25,7 +26,6 @@ from xlvlm_jax.cli.console import (
 )
 from xlvlm_jax.cli.evaluate import finish, show_preflight
 from xlvlm_jax.cli.evaluate_options import (
-    Adapter,
     AnswerTypes,
     Baseline,
     BatchSize,

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from xlvlm_jax.cli.console import (
+    Adapter,
     Dtype,
     Images,
     Overwrite,
@@ -25,7 +26,6 @@ from xlvlm_jax.cli.console import (
     require_counts,
     show_skipped,
 )
-from xlvlm_jax.cli.evaluate_options import Adapter
 from xlvlm_jax.cli.runtime import DryRun
 
 Features = Annotated[
@@ -443,11 +443,12 @@ def _learn(
     """Fits a method that runs the model; for a dry run, prints what it would do, returns None."""
     from ports.messages import few
     from xlvlm_jax import steering
+    from xlvlm_jax.features.manifest import model_at
 
     examples = how.examples(asked)
     vlm = load_model(model, dtype, adapter=adapter, abstract=dry_run)
     if not (dry_run and adapter):  # without weights, nothing is merged in
-        steering.files.require_fitted_model(asked.features.manifest, vlm)
+        steering.files.require_fitted_model(model_at(asked.features.manifest, ""), vlm)
     if dry_run:
         sites = vlm.check_sites(asked.site)
         console.print(

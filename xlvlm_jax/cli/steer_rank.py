@@ -8,6 +8,7 @@ import typer
 from rich.table import Table
 
 from xlvlm_jax.cli.console import (
+    Adapter,
     Dtype,
     IgnoreGenerationConfig,
     Images,
@@ -22,7 +23,6 @@ from xlvlm_jax.cli.console import (
     refuse_existing,
     require_counts,
 )
-from xlvlm_jax.cli.evaluate_options import Adapter
 
 
 def rank(

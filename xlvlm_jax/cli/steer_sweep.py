@@ -10,6 +10,7 @@ import typer
 
 from xlvlm_jax.cli import runtime
 from xlvlm_jax.cli.console import (
+    Adapter,
     Dtype,
     IgnoreGenerationConfig,
     Model,
@@ -28,7 +29,6 @@ from xlvlm_jax.cli.console import (
 )
 from xlvlm_jax.cli.evaluate import finish
 from xlvlm_jax.cli.evaluate_options import (
-    Adapter,
     BatchSize,
     Data,
     Dataset,

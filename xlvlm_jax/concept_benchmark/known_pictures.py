@@ -21,7 +21,7 @@ from xlvlm_jax.data.answers import answered
 from xlvlm_jax.data.scenes.scene import SPLITS, Split
 from xlvlm_jax.metrics import embed_images
 from xlvlm_jax.storage import atomic, versions
-from xlvlm_jax.storage.same_model import model_of
+from xlvlm_jax.storage.same_model import model_of, with_adapter_of
 from xlvlm_jax.storage.tensors import as_bytes
 
 Progress = Callable[[int, int], None]
@@ -248,7 +248,7 @@ def load_or_make(
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}); remove it") from None
         versions.require(path, known, "remove it")
-        if known == asked:
+        if with_adapter_of(known, asked) == asked:
             fit, test = (
                 Pictures(
                     [scenes.attributes(each) for each in _scenes(split, count, seed)],

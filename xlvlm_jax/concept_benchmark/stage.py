@@ -33,7 +33,7 @@ from xlvlm_jax.concepts.record import TENSORS, Concepts
 from xlvlm_jax.concepts.removal import concept_directions
 from xlvlm_jax.data import files
 from xlvlm_jax.storage import atomic, versions
-from xlvlm_jax.storage.same_model import model_of
+from xlvlm_jax.storage.same_model import model_of, with_adapter_of
 
 FILE, TABLE = "benchmark.json", "leaderboard.md"
 SCORES = "known-scores.json"
@@ -190,7 +190,8 @@ def _learnt(
     }
     if (place / TENSORS).is_file():
         known = Concepts.load(place)
-        if all(known.source.get(name) == value for name, value in asked.items()):
+        source = with_adapter_of(known.source, asked)
+        if all(source.get(name) == value for name, value in asked.items()):
             return known
     made = learn(method, pictures.rows, settings.num_concepts, settings.k, seed=pictures.seed)
     made = with_mean_l0(made, pictures.fit.states, settings.k)
@@ -219,7 +220,8 @@ def _known(path: Path, described: Mapping[str, Any]) -> Scores | None:
     known = files.read_json(path)
     if not isinstance(known, dict):
         raise ValueError(f"{path}: expected a JSON object; remove it")
-    if {name: value for name, value in known.items() if name != "scores"} != described:
+    about = {name: value for name, value in known.items() if name != "scores"}
+    if with_adapter_of(about, described) != described:
         return None
     try:
         scores = Scores(**known["scores"])

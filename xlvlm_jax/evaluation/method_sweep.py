@@ -33,7 +33,7 @@ from xlvlm_jax.evaluation.sweep import Trial, finite, vector_numbers
 from xlvlm_jax.evaluation.tasks import Task
 from xlvlm_jax.steering.methods import Steering
 from xlvlm_jax.storage import atomic, versions
-from xlvlm_jax.storage.same_model import adapter_of, model_of
+from xlvlm_jax.storage.same_model import model_of, with_adapter_of
 
 Axis = Literal["off_target", "cost"]
 AXES = ("off_target", "cost")
@@ -271,7 +271,6 @@ def run_sweep(
     settings = {
         "version": versions.VERSION,
         **model_of(vlm),
-        **adapter_of(vlm),
         "generation_config": vlm.logits_options,
         "task": task.describe(),
         "max_new_tokens": new_tokens,
@@ -315,8 +314,7 @@ def _require_same(directory: Path, settings: Mapping[str, Any]) -> None:
     if path.is_file():
         before = json.loads(path.read_text("utf-8"))
         versions.require(path, before, "sweep again")
-        # Earlier releases did not record the adapter: it may be the same.
-        before = {name: settings[name] for name in ("adapter", "adapter fingerprint")} | before
+        before = with_adapter_of(before, settings)
         if differ := [name for name in settings if before.get(name) != settings[name]]:
             raise ValueError(
                 f"{directory} holds a sweep with another {few(differ)}; give another output, or "

@@ -18,7 +18,7 @@ from xlvlm_jax.evaluation.predict import PLAIN, Condition, Predictions, predict
 from xlvlm_jax.evaluation.sweep import Trial, choose, finite, names, vector_numbers
 from xlvlm_jax.evaluation.tasks import Task
 from xlvlm_jax.storage import atomic, pictures, versions
-from xlvlm_jax.storage.same_model import adapter_of, model_of
+from xlvlm_jax.storage.same_model import adapter_of, checkpoint_of
 
 Stage = Callable[[str], Callable[..., None]]
 
@@ -75,7 +75,7 @@ def evaluate(
             baseline,
             samples,
             about=made_with,
-            **model_of(vlm),
+            **checkpoint_of(vlm),
             max_new_tokens=new_tokens,
             generation_config=vlm.logits_options,
         )
@@ -98,7 +98,7 @@ def evaluate(
     given = dict(zip(conditions, answers, strict=True))
     summary: dict[str, Any] = {
         "version": versions.VERSION,
-        **model_of(vlm),
+        **checkpoint_of(vlm),
         "max_new_tokens": new_tokens,
         "about": {
             **made_with,

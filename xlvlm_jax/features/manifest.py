@@ -30,6 +30,7 @@ from typing import Any
 from urllib.parse import quote
 
 from xlvlm_jax.storage import versions
+from xlvlm_jax.storage.same_model import ADAPTER
 from xlvlm_jax.storage.zarr_rows import reason
 
 FORMAT = "xlvlm-features"
@@ -39,7 +40,6 @@ PICTURES = "images.json"
 STATE_DTYPES = ("float32", "float16", "bfloat16")
 ROW_FIELDS = {"sample": "int64", "position": "int32", "token": "int32"}
 CELL_FIELDS = {"cell": "int32", "box": "float32"}  # of image tokens, [rows, 4]
-ADAPTER = "adapter fingerprint"  # key of a manifest, and of what is made from features
 _FINETUNED = "finetuned:"
 
 

@@ -19,7 +19,6 @@ from xlvlm_jax.data.frames import to_pandas
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.features.image_cells import Cells
 from xlvlm_jax.features.manifest import (
-    ADAPTER,
     CELL_FIELDS,
     PICTURES,
     ROW_FIELDS,
@@ -33,6 +32,7 @@ from xlvlm_jax.features.manifest import (
 )
 from xlvlm_jax.features.samples import StoredSamples, name_of
 from xlvlm_jax.storage import pictures
+from xlvlm_jax.storage.same_model import ADAPTER, named_adapter
 from xlvlm_jax.storage.zarr_rows import StoredRows, check_chunks, open_array
 
 if TYPE_CHECKING:
@@ -340,14 +340,10 @@ def require_states(
         )
     if ADAPTER in source and source[ADAPTER] != model[ADAPTER]:
         raise ValueError(
-            f"concepts are from model {source.get('model')!r} with {_adapter(source)}, but "
-            f"{features.path} has states of it with {_adapter(model)}; extract with the same "
+            f"concepts are from model {source.get('model')!r} with {named_adapter(source)}, but "
+            f"{features.path} has states of it with {named_adapter(model)}; extract with the same "
             "adapter"
         )
-
-
-def _adapter(model: Mapping[str, Any]) -> str:
-    return "no adapter" if model[ADAPTER] is None else f"adapter {model[ADAPTER]}"
 
 
 def _is_of_other_model(source: Mapping[str, Any], features: Features, site: str) -> bool:

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from ports import VLM
 from ports.inputs.patch_layout import PatchLayout
 from ports.intervene.edits import Edits
+from xlvlm_jax.features.manifest import model_at
 from xlvlm_jax.features.reader import Features
 from xlvlm_jax.lenses.neighbours import Neighbours, describe, nearest
 from xlvlm_jax.lenses.reading import LensReading, read_states
@@ -89,7 +90,7 @@ def run_lens(
         raise ValueError(f"a lens page shows one prompt; got {len(ids)}")
     layers = vlm.layers
     if index is not None:
-        require_model(index.manifest, vlm, f"{index.path} holds states of")
+        require_model(model_at(index.manifest, layers[0]), vlm, f"{index.path} holds states of")
     answer = vlm.generate(
         inputs,
         max_new_tokens=max_new_tokens,

@@ -135,7 +135,8 @@ def read_concepts(vlm: VLM, directory: Path) -> list[Item]:
         ValueError: they are damaged, do not name their site, or belong to another model.
     """
     concepts = Concepts.load(directory)
-    require_model(concepts.source, vlm, f"{directory}: the concepts were learnt on the states of")
+    learnt = f"{directory}: the concepts were learnt on the states of"
+    require_model(concepts.source, vlm, learnt, other_adapter="warn")  # they steer, as vectors do
     site = concept_site(vlm, None, concepts)
     _require_width(vlm, directory, site, concepts.components.shape[1])
     scales, dead = typical_activations(concepts), concepts.dead

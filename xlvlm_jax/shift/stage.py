@@ -110,7 +110,9 @@ def shift_features(
         require_states(*states, "compared", named=named)
     Z_a = original.stored(site)
     _check_width(vlm, finetuned_vlm)
-    require_model(concepts.source, vlm, "the concepts were learnt on the states of")
+    # Only its head is read, and the command line has no option for an adapter of the original.
+    learnt = "the concepts were learnt on the states of"
+    require_model(concepts.source, vlm, learnt, other_adapter="warn")
     if finetuned_concepts is None:
         if Z_a.shape[1] != Z_b.shape[1]:  # `analyse` raises, before a decomposition is wasted
             analyse(Z_a, Z_b, pairs, concepts, concepts)
@@ -157,7 +159,7 @@ def shift_features(
             "fine-tuned features": str(finetuned.path.resolve()),
             "site": site,
             "method": concepts.method,
-            "model": original.manifest.get("model"),
+            **model_at(original.manifest, site),
             "fine-tuned model": _finetuned_name(finetuned.manifest),
             "words through the final norm": through_norm,
             "word rules": rules,

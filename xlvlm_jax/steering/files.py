@@ -1,7 +1,7 @@
 """Steering on disk: a safetensors file whose metadata describe the tensors and their use."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,9 @@ def require_numbers(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None
 def require_fitted_model(source: dict[str, Any], vlm: VLM) -> None:
     """Checks that `vlm` is the model that a vector was fitted on; an unknown origin passes.
 
+    Another adapter of the same checkpoint is a warning: a vector fitted before fine-tuning may be
+    tried after it, and the other way round.
+
     Args:
         source: the `source` of the vector.
         vlm: the model to steer.
@@ -123,7 +126,27 @@ def require_fitted_model(source: dict[str, Any], vlm: VLM) -> None:
     Raises:
         ValueError: the vector was fitted on another model.
     """
-    same_model.require_model(source, vlm, "the steering vector was fitted on")
+    same_model.require_model(source, vlm, "the steering vector was fitted on", other_adapter="warn")
+
+
+def require_one_adapter(sources: Sequence[Mapping[str, Any]], doing: str) -> None:
+    """Checks that vectors were fitted with the same adapter; those that do not say pass.
+
+    Args:
+        sources: the `source` of each.
+        doing: what can't be done with others, for the message: "add".
+
+    Raises:
+        ValueError: two were fitted with different adapters, or one without.
+    """
+    known = [source for source in sources if same_model.ADAPTER in source]
+    for source in known[1:]:
+        if source[same_model.ADAPTER] != known[0][same_model.ADAPTER]:
+            first, other = map(same_model.named_adapter, (known[0], source))
+            raise ValueError(
+                f"cannot {doing} vectors of models with {first} and {other}; expected the same "
+                "adapter"
+            )
 
 
 def as_html(fitted: Any, **told: Any) -> Markup:

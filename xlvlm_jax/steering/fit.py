@@ -13,12 +13,13 @@ from jaxtyping import Bool, Float, Int
 from ports.messages import few
 from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.data.words import word_pattern
-from xlvlm_jax.features.manifest import ADAPTER, finetuned_site, model_at, module_of
+from xlvlm_jax.features.manifest import finetuned_site, model_at, module_of
 from xlvlm_jax.features.reader import Features
 from xlvlm_jax.features.samples import columns, name_of
 from xlvlm_jax.metrics.vqa import normalise_answer
 from xlvlm_jax.steering import directions
 from xlvlm_jax.steering.vectors import FineVectors, SteeringVector, fine_vectors, steering_vector
+from xlvlm_jax.storage.same_model import ADAPTER, named_adapter
 
 Array = jax.Array | np.ndarray
 MATCHES = ("equals", "contains")
@@ -307,7 +308,7 @@ def require_same_model(features: Features, others: Features, site: str) -> None:
     if models[0] != models[1]:
         names = [
             f"{each.path} from {model['model']!r} ({model['fingerprint']}"
-            + (f", adapter {model[ADAPTER]})" if model[ADAPTER] else ")")
+            + (f", {named_adapter(model)})" if model[ADAPTER] else ")")
             for each, model in zip((features, others), models, strict=True)
         ]
         raise ValueError(

@@ -70,6 +70,7 @@ class SiteVectors:
                         f"cannot join vectors of {name} {ours} and {theirs}; expected the same "
                         f"{name}"
                     )
+        files.require_one_adapter([vector.source for vector in vectors], "join")
         shared = {
             name: value
             for name, value in first.source.items()

@@ -23,6 +23,7 @@ from xlvlm_jax.features.manifest import module_of
 from xlvlm_jax.solvers import sums
 from xlvlm_jax.steering import files
 from xlvlm_jax.steering.site_steering import SiteSteering
+from xlvlm_jax.storage.same_model import ADAPTER, MODEL
 
 Array = jax.Array | np.ndarray
 MANY = 1000  # concepts, more than which are not written unless they are named
@@ -175,7 +176,8 @@ class SteeringVector(SiteSteering):
                 raise ValueError(
                     f"cannot add vectors of {name} {ours} and {theirs}; expected the same {name}"
                 )
-        shared = {k: v for k, v in self.source.items() if k in ("model", "fingerprint")}
+        files.require_one_adapter([self.source, other.source], "add")
+        shared = {k: v for k, v in self.source.items() if k in MODEL}
         source = {**shared, "sum of": [self.source, other.source]}
         return dataclasses.replace(self, vector=self.vector + other.vector, source=source)
 
@@ -225,7 +227,8 @@ def shift_vectors(
         shifts: float32[K, D], such as `ShiftAnalysis.shifts`.
         counts: the number of samples that each comes from; a concept with fewer than two has none.
         site: the site whose states they are of.
-        source: what the shifts come from; "model" and "fingerprint" identify the checkpoint.
+        source: what the shifts come from; "model", "fingerprint" and "adapter fingerprint" say of
+            which model.
         where: the token positions that the vectors are meant for, see `ports.add`.
 
     Returns:
@@ -234,7 +237,7 @@ def shift_vectors(
     Raises:
         ValueError: no concept has a shift.
     """
-    common = {name: source[name] for name in ("model", "fingerprint") if name in source}
+    common = {name: source[name] for name in MODEL if name in source}
     vectors = {}
     for k, (shift, rows) in enumerate(zip(np.asarray(shifts), counts, strict=True)):
         if rows >= 2:
@@ -287,8 +290,9 @@ def concept_vectors(
         if count > MANY:
             raise ValueError(f"there are {count} concepts; name those to steer with")
         chosen = [int(k) for k in np.flatnonzero(~concepts.dead)]
-    common = {name: concepts.source.get(name) for name in ("model", "fingerprint")}
-    common = {name: value for name, value in common.items() if value is not None}
+    known = {name: concepts.source[name] for name in MODEL if name in concepts.source}
+    # No adapter is known too.
+    common = {k: v for k, v in known.items() if v is not None or k == ADAPTER}
     common |= {"method": "concept", "decomposition": concepts.method}
     directions = concept_directions(concepts)
     vectors = {}
