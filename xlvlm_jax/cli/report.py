@@ -12,6 +12,7 @@ from xlvlm_jax.cli.console import (
     console,
     errors,
     refuse_existing,
+    require_counts,
 )
 
 
@@ -31,13 +32,29 @@ def report(
             help="Maximum size of all pictures in megabytes; more shows more per concept.", min=0
         ),
     ] = 3.0,
+    num_concepts: Annotated[
+        int,
+        typer.Option(
+            help="Maximum number of concepts per directory to show in full; the others are rows of "
+            "a table."
+        ),
+    ] = 500,
     overwrite: Overwrite = False,
 ) -> None:
     """Write a run directory as one self-contained HTML page."""
     from xlvlm_jax.report import write_report
 
+    require_counts(num_concepts=num_concepts)
     refuse_existing(output or run / "report.html", overwrite)
     tell = functools.partial(errors.print, style="yellow")
     room = round(picture_mb * 1e6)
-    path = write_report(run, output, images=images, beside=beside, picture_bytes=room, tell=tell)
+    path = write_report(
+        run,
+        output,
+        images=images,
+        beside=beside,
+        picture_bytes=room,
+        num_concepts=num_concepts,
+        tell=tell,
+    )
     console.print(f"{path}")

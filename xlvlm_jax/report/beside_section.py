@@ -10,17 +10,17 @@ import numpy as np
 from ports.messages import few
 from ports.tables import as_text, flat
 from xlvlm_jax.features.reader import Features
-from xlvlm_jax.report.cards import Card, Section, read_section
+from xlvlm_jax.report.cards import NUM_CONCEPTS, Card, Line, Section, read_section
 from xlvlm_jax.solvers.matching import match_any
 
 DIGESTS = ("fingerprint", "samples digest")  # settings that mean nothing to a reader
 
 
 class Pair(NamedTuple):
-    """Two matched concepts, or one without a match."""
+    """Two matched concepts, or one without a match; a line is of one not shown in full."""
 
-    ours: Card | None
-    theirs: Card | None
+    ours: Card | Line | None
+    theirs: Card | Line | None
     cosine: float | None  # of their components
     shared: frozenset[str]  # words that both have
 
@@ -34,19 +34,10 @@ class BesideSection(NamedTuple):
     theirs: Section
     pairs: list[Pair]  # in the order of our cards, then unmatched concepts of the other run
     differences: list[tuple[str, str, str]]  # setting, here, there
+    cosine: float  # mean of all pairs
+    overlap: float | None  # mean share of our words that the match has too; None without words
     anchor: str = ""  # of our section on the page; its cards are {anchor}-{number}
-
-    @property
-    def cosine(self) -> float:
-        """The mean cosine of the pairs."""
-        return float(np.mean([pair.cosine for pair in self.pairs if pair.cosine is not None]))
-
-    @property
-    def overlap(self) -> float | None:
-        """The mean share of our words that the matched concept has too; None without words."""
-        paired = [p for p in self.pairs if p.ours is not None and p.theirs is not None]
-        shares = [len(p.shared) / len(p.ours.words) for p in paired if p.ours and p.ours.words]
-        return float(np.mean(shares)) if shares and self.theirs.concepts.words else None
+    left_out: int = 0  # number of our concepts that are not shown in full: their pairs
 
 
 class OtherRun(NamedTuple):
@@ -56,12 +47,15 @@ class OtherRun(NamedTuple):
     sections: list[Section]
 
 
-def read_other(run: Path, images: str | os.PathLike[str] | None = None) -> OtherRun:
+def read_other(
+    run: Path, images: str | os.PathLike[str] | None = None, num_concepts: int = NUM_CONCEPTS
+) -> OtherRun:
     """Reads the features and concepts of the other run.
 
     Args:
         run: its directory.
         images: directory that holds the pictures now, if they were moved.
+        num_concepts: maximum number of concepts per directory to show in full.
 
     Returns:
         The features and a section per directory of concepts.
@@ -76,7 +70,7 @@ def read_other(run: Path, images: str | os.PathLike[str] | None = None) -> Other
             f"{run}: expected features/ and concepts*/ of another run; give a run directory"
         )
     features = Features.open(run / "features", images=images)
-    sections = [read_section(directory, features, {}) for directory in directories]
+    sections = [read_section(directory, features, {}, num_concepts) for directory in directories]
     return OtherRun(features, sections)
 
 
@@ -142,20 +136,33 @@ def beside(
     rows, columns, cosines = match_any(a, b)
     found = zip(rows.tolist(), columns.tolist(), cosines.tolist(), strict=True)
     matched = {row: (column, cosine) for row, column, cosine in found}
-    of_theirs = {card.number: card for card in theirs.cards}
-    pairs = []
-    for card in ours.cards:
+    of_theirs: dict[int, Card | Line] = {c.number: c for c in (*theirs.rest, *theirs.cards)}
+    pairs: list[Pair] = []
+    for card in (*ours.cards, *ours.rest):
         other, cosine = matched.get(card.number, (None, None))
         their = of_theirs.pop(other) if other is not None else None
         shared = frozenset(card.words or ()) & frozenset((their and their.words) or ())
         pairs.append(Pair(card, their, cosine, shared))
-    pairs += [Pair(None, card, None, frozenset()) for card in of_theirs.values()]
+    paired = [p for p in pairs if p.theirs is not None]
+    shares = [len(p.shared) / len(p.ours.words) for p in paired if p.ours and p.ours.words]
+    shown = pairs[: len(ours.cards)]
+    shown += [Pair(None, c, None, frozenset()) for c in theirs.cards if c.number in of_theirs]
     described = [
-        {"method": s.concepts.method, **s.concepts.options, "concepts": len(s.cards), **manifest}
+        {"method": s.concepts.method, **s.concepts.options, "concepts": s.num_concepts, **manifest}
         for s, manifest in zip((ours, theirs), settings, strict=True)
     ]
-    site = ours.site or ours.name
-    return BesideSection(site, names, ours, theirs, pairs, list(_differences(*described)), anchor)
+    return BesideSection(
+        ours.site or ours.name,
+        names,
+        ours,
+        theirs,
+        shown,
+        list(_differences(*described)),
+        cosine=float(cosines.mean()),
+        overlap=float(np.mean(shares)) if shares and theirs.concepts.words else None,
+        anchor=anchor,
+        left_out=len(ours.rest),
+    )
 
 
 def _differences(

@@ -22,6 +22,7 @@ from xlvlm_jax.metrics.labels import Labels
 from xlvlm_jax.metrics.most_activated import NONE, strongest_concept
 from xlvlm_jax.report.thumbnails import Histogram, histogram
 
+NUM_CONCEPTS = 500  # concepts shown in full; a card takes about 2 KB beside its pictures
 NUM_PICTURES = 5
 NUM_ATTRIBUTES = 4
 SPARSE = 0.2  # a concept that is active in no larger share of rows is sparse
@@ -94,6 +95,19 @@ class Card:
 
 
 @dataclass(frozen=True)
+class Line:
+    """A concept beyond those shown in full: a row of a table."""
+
+    number: int
+    words: list[str] | None
+    count: int
+    share: float
+    mean: float
+    active: int
+    pictures: tuple[Picture, ...] = ()
+
+
+@dataclass(frozen=True)
 class Section:
     """One directory of concepts; cards with larger shares come first."""
 
@@ -103,6 +117,12 @@ class Section:
     cards: list[Card]
     num_rows: int
     unassigned: int  # rows that activate no concept
+    rest: list[Line] = field(default_factory=list)  # after the cards, in the same order
+
+    @property
+    def num_concepts(self) -> int:
+        """The number of concepts, K."""
+        return len(self.cards) + len(self.rest)
 
     @property
     def explained(self) -> float | None:
@@ -137,13 +157,19 @@ def count_attributes(
     }
 
 
-def read_section(directory: Path, features: Features, attributes: Mapping[str, Labels]) -> Section:
+def read_section(
+    directory: Path,
+    features: Features,
+    attributes: Mapping[str, Labels],
+    num_concepts: int = NUM_CONCEPTS,
+) -> Section:
     """Reads a directory of concepts that were learnt on `features`.
 
     Args:
         directory: the directory of concepts.
         features: the features they were learnt on.
         attributes: {attribute: labels of the rows of `features`}.
+        num_concepts: maximum number of cards; the concepts after the first have a line each.
 
     Returns:
         The section.
@@ -184,29 +210,41 @@ def read_section(directory: Path, features: Features, attributes: Mapping[str, L
     tables = count_attributes(assignment, K, attributes)
     stability = concepts.stability
     causal = _causal_scores(directory, K)
-    cards = []
-    for k, column in _columns(activations):
-        own = assignment == k
-        count = int(np.count_nonzero(own))
-        cards.append(
-            Card(
-                number=k,
-                words=None if concepts.words is None else list(concepts.words[k]),
-                count=count,
-                share=count / N,
-                mean=float(column.mean(dtype=np.float64)),
-                active=int(np.count_nonzero(column)),
-                histogram=histogram(column, own),
-                pictures=top_pictures(column, features),
-                attributes=typical_attributes(k, tables),
-                own=_own(column, own),
-                stability=None if stability is None else float(stability[k]),
-                causal=causal[k],
-            )
+    counts = np.bincount(assignment[assignment != NONE], minlength=K).tolist()
+    lines = [
+        Line(
+            number=k,
+            words=None if concepts.words is None else list(concepts.words[k]),
+            count=counts[k],
+            share=counts[k] / N,
+            mean=float(column.mean(dtype=np.float64)),
+            active=int(np.count_nonzero(column)),
         )
-    cards.sort(key=lambda card: (-card.count, -card.mean, card.number))
+        for k, column in _columns(activations)
+    ]
+    lines.sort(key=lambda line: (-line.count, -line.mean, line.number))
+
+    def card_of(line: Line) -> Card:
+        k = line.number
+        own, column = assignment == k, np.ascontiguousarray(activations[:, k])
+        return Card(
+            number=k,
+            words=line.words,
+            count=line.count,
+            share=line.share,
+            mean=line.mean,
+            active=line.active,
+            pictures=top_pictures(column, features),
+            histogram=histogram(column, own),
+            attributes=typical_attributes(k, tables),
+            own=_own(column, own),
+            stability=None if stability is None else float(stability[k]),
+            causal=causal[k],
+        )
+
+    cards = [card_of(line) for line in lines[:num_concepts]]
     unassigned = int((assignment == NONE).sum())
-    return Section(directory.name, site, concepts, cards, N, unassigned)
+    return Section(directory.name, site, concepts, cards, N, unassigned, rest=lines[num_concepts:])
 
 
 def _causal_scores(directory: Path, num_concepts: int) -> list[Causal | None]:

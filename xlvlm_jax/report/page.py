@@ -13,7 +13,7 @@ from xlvlm_jax.concepts.scores.attributes import known_attributes
 from xlvlm_jax.features.reader import Features
 from xlvlm_jax.report.beside_section import beside as side_by_side
 from xlvlm_jax.report.beside_section import pair_sections, read_other
-from xlvlm_jax.report.cards import Section, read_section
+from xlvlm_jax.report.cards import NUM_CONCEPTS, Section, read_section
 from xlvlm_jax.report.environment import BLANK, environment, part, store
 from xlvlm_jax.report.heat_maps import gradient_css
 from xlvlm_jax.report.map_overlays import with_overlays
@@ -39,6 +39,7 @@ def write_report(
     images: str | os.PathLike[str] | None = None,
     beside: str | os.PathLike[str] | None = None,
     picture_bytes: int = BUDGET,
+    num_concepts: int = NUM_CONCEPTS,
     tell: Callable[[str], None] | None = None,
 ) -> Path:
     """Writes a run directory as a self-contained HTML page.
@@ -55,6 +56,8 @@ def write_report(
             run.
         picture_bytes: maximum size of all thumbnails together. What the most activating pictures of
             the concepts leave goes to further pictures, which the page shows on a click.
+        num_concepts: maximum number of concepts per directory to show in full, those with the
+            largest shares; the others are rows of a table, with their words and numbers.
         tell: called with a message if pictures can't be shown; the page shows the message too.
 
     Returns:
@@ -62,16 +65,20 @@ def write_report(
 
     Raises:
         FileNotFoundError: the directory does not exist, or holds no features or no concepts.
-        ValueError: a file is damaged, or concepts were not learnt on these features.
+        ValueError: a file is damaged, concepts were not learnt on these features, or `num_concepts`
+            is less than 1.
         OSError: the page can't be written.
     """
+    if num_concepts < 1:
+        raise ValueError(f"num_concepts must be at least 1, got {num_concepts}")
     run = Path(run)
     if not run.is_dir():
         raise FileNotFoundError(
             f"{run}: no such run directory; give one such as `xlvlm demo` writes"
         )
     with damaged.reported(run, "run", "recreate its features and concepts"):
-        text = _render(run, images, None if beside is None else Path(beside), picture_bytes, tell)
+        other = None if beside is None else Path(beside)
+        text = _render(run, images, other, picture_bytes, num_concepts, tell)
     return store(run / "report.html" if output is None else Path(output), text)
 
 
@@ -80,6 +87,7 @@ def _render(
     images: str | os.PathLike[str] | None,
     beside: Path | None,
     picture_bytes: int,
+    num_concepts: int,
     tell: Callable[[str], None] | None,
 ) -> str:
     steering = read_steering(run, images)
@@ -96,14 +104,16 @@ def _render(
     attributes, sections = {}, []
     if features is not None:
         attributes = known_attributes(features)
-        sections = [read_section(directory, features, attributes) for directory in directories]
+        sections = [
+            read_section(directory, features, attributes, num_concepts) for directory in directories
+        ]
     other, pairs = None, []
     if beside is not None:
-        other = read_other(beside, images)
+        other = read_other(beside, images, num_concepts)
         pairs = pair_sections(sections, other.sections)
     settings, scores = _read_json(run / "run.json"), _read_json(run / "scores.json")
     versions.require(run / "scores.json", scores, "score again")
-    shifts = read_shifts(run, images)
+    shifts = read_shifts(run, images, num_concepts)
     owned = [(section, features) for section in sections if features is not None]
     if other is not None:
         owned += [(section, other.features) for section in other.sections]
@@ -199,7 +209,7 @@ def _about(
 
     rows, samples = len(features.tokens), len(features.samples)
     prompts = {sample.get("prompt") for sample in features.samples}
-    methods = dict.fromkeys(f"{s.concepts.method}, {len(s.cards)} concepts" for s in sections)
+    methods = dict.fromkeys(f"{s.concepts.method}, {s.num_concepts} concepts" for s in sections)
     facts = {
         "Model": model,
         "Token of interest": token,

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from xlvlm_jax.report.cards import NUM_CONCEPTS
 from xlvlm_jax.report.plots import Plot, read_plot
 from xlvlm_jax.shift import ShiftAnalysis
 from xlvlm_jax.shift.record import KINDS
@@ -49,14 +50,18 @@ class ShiftSection(NamedTuple):
     plots: list[Plot]
     num_words: int
     without: int  # concepts without a shift
+    left_out: int = 0  # concepts with fewer samples that are not shown
 
 
-def read_shifts(run: Path, images: str | os.PathLike[str] | None = None) -> list[ShiftSection]:
+def read_shifts(
+    run: Path, images: str | os.PathLike[str] | None = None, num_concepts: int = NUM_CONCEPTS
+) -> list[ShiftSection]:
     """Reads the sections of all `shift*/` in a run directory.
 
     Args:
         run: the run directory.
         images: directory that holds the pictures now, if they were moved.
+        num_concepts: maximum number of concepts per shift to show.
 
     Returns:
         A section per shift, in order of directory name.
@@ -66,7 +71,7 @@ def read_shifts(run: Path, images: str | os.PathLike[str] | None = None) -> list
     """
     directories = sorted(path for path in run.glob("shift*") if (path / "shift.json").is_file())
     return [
-        _section(directory, ShiftAnalysis.load(directory, images=images))
+        _section(directory, ShiftAnalysis.load(directory, images=images), num_concepts)
         for directory in directories
     ]
 
@@ -94,7 +99,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f} %" if np.isfinite(share) else "–"
 
 
-def _section(directory: Path, analysis: ShiftAnalysis) -> ShiftSection:
+def _section(directory: Path, analysis: ShiftAnalysis, num_concepts: int) -> ShiftSection:
     plots = [
         read_plot(directory / file, explained)
         for file, explained in _FIGURES.items()
@@ -111,10 +116,11 @@ def _section(directory: Path, analysis: ShiftAnalysis) -> ShiftSection:
         analysis=analysis,
         rows=overlap_rows(analysis),
         correlations=correlations,
-        concepts=[_moved(analysis, k) for k in order],
+        concepts=[_moved(analysis, k) for k in order[:num_concepts]],
         plots=plots,
         num_words=analysis.num_words,
         without=int((~analysis.moved).sum()),
+        left_out=len(order[num_concepts:]),
     )
 
 

@@ -83,7 +83,7 @@ def with_adapter_of(record: Mapping[str, Any], now: Mapping[str, Any]) -> dict[s
         record: entries of `model_of` from when something was made, among others.
         now: the same of the model that is loaded.
     """
-    return {name: now[name] for name in ("adapter", ADAPTER)} | record
+    return {"adapter": now["adapter"], ADAPTER: now[ADAPTER], **record}
 
 
 def require_model(

@@ -63,6 +63,20 @@ def test_fewer_concepts_on_the_other_side(two_runs):
     assert made.cosine == 1
 
 
+def test_pairs_of_concepts_not_shown_in_full(two_runs):
+    whole = side_by_side(two_runs)
+    (ours,), (theirs,) = (read_other(two_runs[i], num_concepts=2 - i).sections for i in (0, 1))
+    made = beside(ours, theirs, ("ours", "theirs"), ({"batch": 1, "model": "a"}, {"model": "a"}))
+    assert [(p.ours.number, p.theirs.number, p.cosine) for p in made.pairs] == [
+        (1, 3, 1),
+        (0, 1, 1),
+    ]
+    assert made.pairs[0].theirs.pictures and not made.pairs[1].theirs.pictures
+    assert made.left_out == 1
+    assert (made.cosine, made.overlap) == (whole.cosine, whole.overlap)
+    assert made.differences == whole.differences
+
+
 def test_the_order_of_their_concepts_changes_no_pair(two_runs):
     (ours,), (theirs,) = map(sections, two_runs)
     order = [3, 1, 0, 2]

@@ -283,3 +283,19 @@ def test_search_and_order_find_their_elements(write_run, samples, activations):
         "Is it <b>? – yes"
     }
     assert page.all("input", type="search")
+
+
+def test_many_concepts_are_shown_in_short(write_run, activations, tmp_path):
+    run = write_run(activations)
+    whole = write_report(run, tmp_path / "whole.html").read_text()
+    path = write_report(run, tmp_path / "short.html", num_concepts=2)
+    text = path.read_text()
+    page = Page(text)
+    assert page.cards == [(k, [f"word{k}", f"other{k}"]) for k in (1, 0)]
+    assert "3 concepts by snmf" in text and "numbers of the other concepts (1)" in text
+    row = text[text.index("<tr><td>2</td><td>3</td>") :].split("</tr>")[0]
+    assert row.endswith("<td>23</td><td>word2, other2</td>")
+    assert "1 more concept is not shown in full" in text
+    assert "not shown in full" not in whole
+    with pytest.raises(ValueError, match="num_concepts must be at least 1, got 0"):
+        write_report(run, tmp_path / "none.html", num_concepts=0)
