@@ -270,7 +270,7 @@ def main() -> None:
         rows += speed(vlm, sites, arguments.edits, arguments.repeats)
     for seed in arguments.seed if arguments.samples else ():
         rows += dictionaries(vlm, sites, arguments.samples, seed)
-    console = Console(width=130)
+    console = Console(width=130, markup=False)
     figures = {"ours": ".2f", "theirs": ".2f", "ratio": ".1f", "worst": ".1e"}
     console.print(table(rows, "speed", {"site": "", "edits": "", **figures}))
     kinds = [f"{key}, component" for key in ("auc", "median", "shuffled", "marked")]

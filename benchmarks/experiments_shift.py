@@ -125,7 +125,7 @@ def main() -> None:
         Path(adapter).name: embedded.ADAPTERS.get(adapter, Path(adapter))
         for adapter in arguments.adapters
     }
-    console = Console()
+    console = Console(markup=False)
     console.width = max(console.width, 120)
     analyses = run(
         arguments.output,

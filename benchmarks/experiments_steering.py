@@ -336,7 +336,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     arguments = parser.parse_args()
     output, (train, val, test) = arguments.output, arguments.pictures
-    console = Console(width=150)
+    console = Console(width=150, markup=False)
     if not (output / "scenes" / "dataset_coco.json").exists():
         scenes.write(output / "scenes", train=train, val=val, test=test, seed=11)
     vlm = ports.load(embedded.LLAVA)

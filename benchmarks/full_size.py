@@ -252,7 +252,7 @@ def main() -> None:
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES)
-    mesh, rows, console = sharding.make_mesh(1, DEVICES), [], Console(width=120)
+    mesh, rows, console = sharding.make_mesh(1, DEVICES), [], Console(width=120, markup=False)
     for name in arguments.models:
         rows += run(name, module_of(name), mesh)
         show(rows[-2:], console)

@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/generation.json"))
     arguments = parser.parse_args()
     clock = time.process_time if arguments.cpu else time.perf_counter
-    setting, rows, console = Setting(arguments.model), [], Console()
+    setting, rows, console = Setting(arguments.model), [], Console(markup=False)
     console.width = max(console.width, 120)
     apart = mock.patch.object(common_prefix, "share", lambda *_: None)
     cases = [("answers", batch, contextlib.nullcontext()) for batch in arguments.batches]

@@ -358,7 +358,7 @@ def main() -> None:
     methods = given.method or ["snmf", "kmeans", "pca"]
     others = not given.dictionaries_only
     rows = run(given.train, given.test, methods, given.concepts, layers, others)
-    console = Console()
+    console = Console(markup=False)
     console.print(table(rows))
     measure.save(given.output, rows, "torch", "transformers")
     console.print(f"saved to {given.output}")

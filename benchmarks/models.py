@@ -267,7 +267,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="paired runs of each case")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/models.json"))
     arguments = parser.parse_args()
-    console = Console()
+    console = Console(markup=False)
     console.width = max(console.width, 120)
     rows = []
     for name in arguments.models:

@@ -321,7 +321,7 @@ def main() -> None:
         "--output", type=Path, default=Path("benchmarks/results/original.json"), help="JSON file"
     )
     options = parser.parse_args()
-    console = Console()
+    console = Console(markup=False)
     checkout, work = options.directory.resolve(), options.work.resolve()
     if not (checkout / "src" / "save_features.py").is_file():
         console.print(f"skipped: {options.directory} is not a checkout of XL-VLMs", markup=False)

@@ -161,7 +161,7 @@ def main() -> None:
         shown.add_column(heading, justify="right")
     for row in rows:
         shown.add_row(*(x if isinstance(x, str) else f"{x:.2g}" for x in row.values()))
-    console = Console()
+    console = Console(markup=False)
     console.print(shown)
     measure.save(given.output, rows, "torch", "transformers")
     console.print(f"saved to {given.output}")

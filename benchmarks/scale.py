@@ -263,7 +263,7 @@ def main() -> None:
     table = Table(*lines[0])
     for line in lines[1:]:
         table.add_row(*line)
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ def main() -> None:
     if not (arguments.model / "config.json").exists():
         write_checkpoint(arguments.gguf or packaged(), arguments.model)
     clock = time.process_time if arguments.cpu else time.perf_counter
-    setting, rows, console = Setting(arguments.model), [], Console(width=100)
+    setting, rows, console = Setting(arguments.model), [], Console(width=100, markup=False)
     inputs = ask(setting.vlm.tokenizer)
     states = states_error(setting, {name: x[:4] for name, x in inputs.items()})
     console.print(f"states: {states:.1e}")

@@ -105,7 +105,7 @@ def main() -> None:
             limit,
             share,
         )
-    Console(width=110).print(table)
+    Console(width=110, markup=False).print(table)
     measure.save(options.output, rows, "jaxlib", "flax", "scikit-learn", "typer")
 
 

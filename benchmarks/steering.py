@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="paired runs of each case")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/steering.json"))
     arguments = parser.parse_args()
-    console = Console()
+    console = Console(markup=False)
     console.width = max(console.width, 110)
     rows = run(arguments.site, arguments.repeats)
     console.print(table(rows))

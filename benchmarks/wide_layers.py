@@ -221,7 +221,7 @@ def main() -> None:
         rows.append({"what": what, **times._asdict(), "share": share, "error": error})
         milliseconds = (f"{1e3 * each:.1f} ms" for each in (times.ours, times.theirs))
         shown.add_row(what, *milliseconds, f"{times.ratio:.2f}", f"{share:.2f}", f"{error:.0e}")
-    console = Console(width=100)
+    console = Console(width=100, markup=False)
     console.print(f"products {rate / 1e9:.0f} GFLOP/s, reading {stream / 1e9:.1f} GB/s")
     console.print(shown)
     measure.save(arguments.output, rows, "torch", "transformers")

@@ -81,7 +81,7 @@ def main() -> None:
     """Parse, measure, print, save."""
     arguments = parse()
     word, repeats = arguments.word, arguments.repeats
-    console = Console()
+    console = Console(markup=False)
     console.width = max(console.width, 120)
     with tempfile.TemporaryDirectory() as directory:
         scenes.write(directory, test=arguments.pictures)

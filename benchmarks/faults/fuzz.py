@@ -263,7 +263,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/faults_fuzz.json"))
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    rows, console = [], Console()
+    rows, console = [], Console(markup=False)
     shares = {name: TARGETS[name].share for name in arguments.targets}
     for name, share in shares.items():
         seconds = 60 * arguments.minutes * share / sum(shares.values())

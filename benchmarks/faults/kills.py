@@ -119,7 +119,7 @@ def kill_until_done(campaign: Campaign, kills: int, rng: random.Random, console:
         completed += 1
         if digests(output) != campaign.expected:
             unequal += 1
-            console.print(f"[red]run {completed} differs; kept in {output}.{completed}")
+            console.print(f"run {completed} differs; kept in {output}.{completed}", style="red")
             shutil.copytree(output, output.with_name(f"{output.name}.{completed}"))
         shutil.rmtree(output)
     return {
@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=None)
     arguments = parser.parse_args()
-    rng, console = random.Random(arguments.seed), Console()
+    rng, console = random.Random(arguments.seed), Console(markup=False)
     with tempfile.TemporaryDirectory() as root:
         campaign = Campaign(Path(root), arguments.hosts, arguments.pictures)
         console.print(

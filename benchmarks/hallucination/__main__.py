@@ -44,7 +44,7 @@ def main() -> None:
         "--output", type=Path, default=Path("benchmarks/results/hallucination"), help="directory"
     )
     arguments = parser.parse_args()
-    console = Console()
+    console = Console(markup=False)
     console.width = max(console.width, 110)
     counts = {name: getattr(arguments, name) for name in ("train", "val", "test")}
     # Fits and answers belong to these pictures.
@@ -61,7 +61,7 @@ def main() -> None:
     tables.draw(found.sweep, directory / "tradeoff.svg")
     text = tables.markdown(found.rows)
     (directory / "results.md").write_text(text, "utf-8")
-    console.print(text, markup=False)
+    console.print(text)
     console.print(f"saved to {output}")
 
 

@@ -42,7 +42,7 @@ def find_directory(
         weights: whether to download safetensors too.
 
     Returns:
-        The local directory.
+        The local directory, an absolute path.
 
     Raises:
         FileNotFoundError: neither exists.
@@ -58,7 +58,7 @@ def find_directory(
         return named
     directory = Path(path).expanduser()
     if directory.is_dir():
-        return directory
+        return directory.absolute()  # tokenizers and processors are read later, on first use
     if str(path).count("/") > 1 or directory.is_absolute() or str(path).startswith((".", "~")):
         raise FileNotFoundError(
             f"no directory {str(path)!r}; expected one with {expected}, or a Hub id such as "
@@ -68,7 +68,7 @@ def find_directory(
 
     try:
         ignored = [*_NOT_READ, *([] if weights else ["*.safetensors"])]
-        return Path(snapshot_download(str(path), ignore_patterns=ignored))
+        return Path(snapshot_download(str(path), ignore_patterns=ignored)).absolute()
     except Exception as error:
         first = str(error).strip().splitlines()[0]
         raise FileNotFoundError(

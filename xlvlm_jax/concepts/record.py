@@ -479,7 +479,7 @@ class StoredActivations:
     """
 
     def __init__(self, directory: str | Path, num_samples: int, num_concepts: int):
-        self._partial = Path(directory) / UNFINISHED
+        self._partial = Path(directory).absolute() / UNFINISHED  # whatever is current later
         self._num_samples = num_samples
         shutil.rmtree(self._partial, ignore_errors=True)
         self._partial.parent.mkdir(parents=True, exist_ok=True)

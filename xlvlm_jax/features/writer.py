@@ -90,7 +90,7 @@ class FeaturesWriter:
     ) -> None:
         if dtype not in STATE_DTYPES:
             raise ValueError(f"states are one of {', '.join(STATE_DTYPES)}; got dtype {dtype!r}")
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # independent of later changes of the working directory
         self._arrays: dict[Path, ts.TensorStore] = {}
         self._lock = -1
         arguments = _plain(dict(manifest))

@@ -51,6 +51,15 @@ def test_the_embedded_model_has_a_name(tmp_path, monkeypatch):
     assert ports.load_abstract("embedded").config == ports.load_abstract(embedded.LLAVA).config
 
 
+def test_a_relative_path_holds_after_the_working_directory_changed(tmp_path, monkeypatch):
+    (tmp_path / "model").symlink_to(embedded.LLAVA)
+    monkeypatch.chdir(tmp_path)
+    vlm = ports.load_abstract("model")
+    monkeypatch.chdir("/")
+    assert vlm.fingerprint == ports.load_abstract("embedded").fingerprint
+    assert vlm.tokenizer is not None
+
+
 def test_an_installed_package_names_a_directory(monkeypatch):
     monkeypatch.setattr(hub, "_NAMED", {})
     entry = importlib.metadata.EntryPoint(

@@ -508,7 +508,9 @@ def test_many_concepts_are_projected_on_fewer_rows_at_a_time(monkeypatch):
 def test_dead_concepts_of_activations_on_disk(tmp_path, monkeypatch):
     codes = np.zeros((9, 4), np.float32)
     codes[8, 1] = codes[2, 3] = 1
-    with StoredActivations(tmp_path, *codes.shape) as activations:
+    monkeypatch.chdir(tmp_path)
+    with StoredActivations(".", *codes.shape) as activations:
+        monkeypatch.chdir("/")
         activations.write(0, codes)
         found = Concepts(np.eye(4), activations.rows())
         monkeypatch.setattr(record, "TILE_NUMBERS", 8)  # two rows

@@ -366,6 +366,20 @@ def test_features_are_read_from_another_working_directory(tmp_path, monkeypatch)
     assert features.samples[0]["id"] == "0-0"
 
 
+def test_writing_goes_on_after_the_working_directory_changed(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with FeaturesWriter("run", ARGUMENTS) as writer:
+        writer.append(*batch(0))
+        monkeypatch.chdir("elsewhere")
+        writer.append(*batch(1))
+        writer.close()
+    assert writer.path == tmp_path / "run"
+    assert not any((tmp_path / "elsewhere").iterdir())
+    assert not (tmp_path / "run" / ".lock").exists()
+    assert Features.open(tmp_path / "run").complete
+
+
 def test_opening_a_missing_directory(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no manifest.json; expected a directory of feat"):
         Features.open(tmp_path)

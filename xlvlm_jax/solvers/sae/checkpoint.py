@@ -48,10 +48,10 @@ class Checkpoints:
     def __init__(self, directory: Path, run: dict[str, Any], every: int):
         import orbax.checkpoint as ocp
 
-        self.directory = directory
+        self.directory = directory.absolute()  # independent of later changes of the working one
         self._begin(json.loads(json.dumps(run)))
         options = ocp.CheckpointManagerOptions(max_to_keep=1, save_interval_steps=1)
-        self._manager = ocp.CheckpointManager((directory / STATES).absolute(), options=options)
+        self._manager = ocp.CheckpointManager(self.directory / STATES, options=options)
         self._every, self._handlers = every, ocp.args
 
     def _begin(self, run: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """States of training on disk: a killed run ends with the same bytes; other states are refused."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -43,13 +44,15 @@ def test_a_killed_run_ends_with_the_same_bytes(tmp_path, stop):
     np.testing.assert_array_equal(again.history, whole.history)
 
 
-def test_it_goes_on_from_the_last_state(tmp_path):
+def test_it_goes_on_from_the_last_state(tmp_path, monkeypatch):
     with pytest.raises(Killed):
         run(tmp_path, stop=5)
     told = []
     settings = METHODS["batchtopk-sae"](**OPTIONS)
     described = {"method": "batchtopk-sae", "k": 2, "rows": describe_rows(ROWS)}
-    with Checkpoints(tmp_path, described, 2) as states:
+    monkeypatch.chdir(tmp_path)
+    with Checkpoints(Path(), described, 2) as states:
+        monkeypatch.chdir("/")  # what it keeps and removes stays the same
         train(ROWS, KEY, settings, 8, tell=told.append, every=1, checkpoint=states)
     assert [at.iteration for at in told] == [5, 6, 7, 8, 9]
     states.remove()
