@@ -22,7 +22,8 @@ class Sampling(NamedTuple):
     """How tokens are drawn. None turns a filter off; greedy decoding has no `Sampling`.
 
     Values have the ranges of transformers' `GenerationConfig`: a temperature above 0, top_k of at
-    least 0 (off), all others from 0 to 1.
+    least 0 (off), all others from 0 to 1. Of equal logits at its edge, top_p keeps as many as in
+    transformers, which leaves to PyTorch's sort which ones; here they have the highest ids.
 
     Examples:
         >>> import jax, jax.numpy as jnp, ports

@@ -74,10 +74,12 @@ def read_gemma(directory: Path, dtype: str | None = None) -> Dictionary:
         params = {_upper(name): arrays[name] for name in arrays.files}
     named = [part for part in directory.absolute().parts[-3:] if _GEMMA_SITE.fullmatch(part)]
     site = named[-1] if named else ""
-    if site == "embedding" and "W_enc" in params:
-        # Learnt on embeddings before Gemma scales them by the root of the width; as in SAELens.
-        scale = math.sqrt(params["W_enc"].shape[0])
-        params["W_enc"], params["W_dec"] = params["W_enc"] / scale, params["W_dec"] * scale
+    if site == "embedding" and {"W_enc", "W_dec", "b_dec"} <= params.keys():
+        # Learnt on embeddings before Gemma scales them by the root of the width. SAELens scales the
+        # matrices alone, which leaves b_dec too small for the scaled states.
+        scale = np.float32(math.sqrt(params["W_enc"].shape[0]))
+        params["W_enc"] = params["W_enc"] / scale
+        params |= {name: params[name] * scale for name in ("W_dec", "b_dec")}
     return of_tensors(
         params,
         Settings("jumprelu", apply_b_dec_to_input=False),

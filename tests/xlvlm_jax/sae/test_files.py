@@ -152,10 +152,15 @@ class TestScopes:
         folder.mkdir(parents=True)
         np.savez(folder / "params.npz", **weights)
         dictionary = sae.load(folder)
-        codes, _ = self.by_hand(weights, self.X)
+        codes, states = self.by_hand(weights, self.X)
         assert dictionary.site == site
         np.testing.assert_allclose(dictionary.encode(scale * self.X), codes, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(dictionary.components, scale * weights["w_dec"], rtol=1e-6)
+        # What the scaled embeddings become is the scaled reconstruction, its bias included.
+        assert np.abs(weights["b_dec"]).min() > 0.01
+        np.testing.assert_allclose(
+            dictionary.reconstruct(scale * self.X), scale * states, rtol=1e-5, atol=1e-6
+        )
 
     @pytest.mark.parametrize(
         ("site", "kind", "method"),
