@@ -1,8 +1,10 @@
 """Sweeps over vectors, strengths and positions: combinations to try, and choosing the best."""
 
+import collections
 import itertools
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from xlvlm_jax.evaluation.predict import Condition, Steering
@@ -110,6 +112,33 @@ def vector_numbers(
             there.append(identity)
         numbers.append(1 + there.index(identity))
     return numbers
+
+
+def with_vector_numbers(sweep: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a described sweep whose trials say which vector they steered with.
+
+    Earlier releases did not write it. A grid tries one vector after the other, so the second trial
+    that is like an earlier one in all but its figures is of the second vector at these sites.
+
+    Args:
+        sweep: what `describe_sweep` returned in this release or an earlier one.
+
+    Returns:
+        The same with "vector", a number from 1, in every trial and in the chosen one, which is the
+        first with its figures.
+    """
+    if all("vector" in trial for trial in (*sweep["trials"], sweep["chosen"])):
+        return dict(sweep)
+    known: collections.Counter[str] = collections.Counter()
+    trials = []
+    for trial in sweep["trials"]:
+        names = ("method", "sites", "edit", "alpha", "where", "instruction")
+        alike = json.dumps([trial.get(name) for name in names])
+        known[alike] += 1
+        trials.append({**trial, "vector": known[alike]})
+    told = dict(sweep["chosen"])
+    number = next((t["vector"] for t in trials if told.items() <= t.items()), 1)
+    return {**sweep, "trials": trials, "chosen": {**told, "vector": number}}
 
 
 def finite(value: float) -> float | None:

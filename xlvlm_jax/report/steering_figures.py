@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 
 from xlvlm_jax.evaluation.hallucination_tasks import quantities_of
 from xlvlm_jax.evaluation.method_sweep import pareto_front
-from xlvlm_jax.evaluation.sweep import OFF_TARGET, Quantity
+from xlvlm_jax.evaluation.sweep import OFF_TARGET, Quantity, with_vector_numbers
 from xlvlm_jax.metrics.vqa import normalise_answer
 from xlvlm_jax.report.figure import COLOURS, FAINT, figure
 
@@ -106,7 +106,7 @@ def plot_sweep(summary: Mapping[str, Any], path: str | Path) -> None:
         summary: what `evaluation.evaluate` writes, with a sweep.
         path: the file to write (.svg, .png or .pdf).
     """
-    sweep = summary["sweep"]
+    sweep = with_vector_numbers(summary["sweep"])
     chosen = sweep["chosen"]
     alike = ("where", "method", "edit", "vector")
     trials = [

@@ -320,6 +320,14 @@ def test_vectors_of_one_site_have_lines_of_their_own(drawn, tmp_path, capsys):
     plot_sweep({"sweep": sweep}, tmp_path / "sweep.svg")
     assert drawn["plot"][0] == ([1.0, 2.0], pytest.approx([10.0, 96.0]))
     assert (2.0, 96.0, "o") in drawn["plot"]
+    # Earlier releases did not write the numbers: the line and the ring are those of one vector.
+    for place in (1, 3):
+        old = [{k: v for k, v in told.items() if k != "vector"} for told in sweep["trials"]]
+        drawn["plot"].clear()
+        plot_sweep({"sweep": sweep | {"trials": old, "chosen": old[place]}}, tmp_path / "old.svg")
+        effects_of_one = {1: [10.0, 96.0], 3: [20.0, 30.0]}[place]
+        assert drawn["plot"][0] == ([1.0, 2.0], pytest.approx(effects_of_one))
+        assert (2.0, pytest.approx(effects_of_one[1]), "o") in drawn["plot"]
     # A vector for each of two layers: both are drawn.
     other = dataclasses.replace(first, site="layers.4")
     told = evaluation.grid([first, other, second], (1.0, 2.0))
