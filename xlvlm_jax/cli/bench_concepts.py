@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 
 from xlvlm_jax.cli import runtime
-from xlvlm_jax.cli.console import Dtype, Seed, bars, console, load_model, progress_bars
+from xlvlm_jax.cli.console import Adapter, Dtype, Seed, bars, console, load_model, progress_bars
 
 DEFAULT_SITE = "layers.5"
 ENCODERS = ("snmf", "kmeans", "simple", "pca")  # methods that encode on components alone
