@@ -25,7 +25,8 @@ PANELS = {
     "keep steps rank epochs "
     "rate schedule warmup weight_decay choose_on wanted max_cost num_choose reduce by num_targets "
     "assign_by normalise_shifts normalise_shifted penalty threshold num_keys num_heads direction "
-    "num_features feature_ids jacobian share num_masks fit_source fit_target budget budget_of",
+    "num_features feature_ids jacobian centred share num_masks fit_source fit_target budget "
+    "budget_of",
     "Evaluation": "vqa_protocol without answer_types baseline "
     "clip bert bert_layer bert_idf bert_baseline stability seeds java "
     "evaluation_split evaluation_samples evaluate_every",
