@@ -37,6 +37,7 @@ def scenes(
             test=test,
             seed=seed,
             companions=companions,
+            overwrite=True,  # what exists was refused above
             progress=advance,
         )
     console.print(f"{counted(train + val + test, 'image')} -> {output}")

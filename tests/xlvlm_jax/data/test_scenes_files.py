@@ -24,7 +24,9 @@ def _json(path):
 
 def test_karpathy_layout(written):
     content = _json(written / "dataset_coco.json")
-    assert set(content) == {"images", "dataset"} and content["dataset"] == "coco"
+    assert set(content) == {"images", "dataset", "scenes"} and content["dataset"] == "coco"
+    counts = {"train": 4, "val": 3, "test": 2}
+    assert content["scenes"] == {**counts, "seed": 0, "companions": 0.0}
     images = content["images"]
     assert [image["split"] for image in images] == ["train"] * 4 + ["val"] * 3 + ["test"] * 2
     assert [image["imgid"] for image in images] == list(range(9))
@@ -109,6 +111,23 @@ def test_same_seed_same_bytes(written, tmp_path):
     assert not [name for name in first if name.name.endswith(".tmp")]
     picture = next(name for name in files(tmp_path / "other") if name.suffix == ".jpg")
     assert files(tmp_path / "other")[picture] != first[picture]
+
+    scenes.write(tmp_path / "other", train=1, seed=1)  # the same again
+    with pytest.raises(FileExistsError, match=r"other has another data set .*overwrite=True"):
+        scenes.write(tmp_path / "other", train=1, seed=2)
+    assert files(tmp_path / "other")[picture] != first[picture]
+    scenes.write(tmp_path / "other", train=1, seed=0, overwrite=True)
+    assert files(tmp_path / "other")[picture] == first[picture]
+
+
+@pytest.mark.parametrize("content", ['{"images": [], "dataset": "coco"}', "[]", '{"images": ['])
+def test_a_data_set_from_elsewhere_is_not_replaced(tmp_path, content):
+    index = tmp_path / "dataset_coco.json"
+    index.write_text(content)
+    with pytest.raises(FileExistsError, match="has another data set"):
+        scenes.write(tmp_path, train=1)
+    assert index.read_text() == content
+    assert list(tmp_path.iterdir()) == [index]
 
 
 def test_a_file_in_the_way_is_named(tmp_path):

@@ -27,6 +27,7 @@ from .scene import KINDS, SPLITS, Scene, Split, attributes, sample_scene
 FIRST_ID = {"train": 1, "val": 400_001, "test": 500_001}
 LARGEST = {"train": 400_000, "val": 100_000, "test": 100_000}
 FOLDER = {"train": "train2014", "val": "val2014", "test": "val2014"}
+INDEX = "dataset_coco.json"
 CATEGORY = {kind: number for number, kind in enumerate(KINDS, 1)}
 
 # VQAv2 classifies a question by its first words; the longest match counts.
@@ -103,6 +104,21 @@ def _instances(scene: Scene, masks: np.ndarray, picture: int) -> Iterator[dict[s
         }
 
 
+def _refuse_other(index: Path, drawn: dict[str, Any]) -> None:
+    """Refuses to replace an index of anything but the scenes of these arguments."""
+    try:
+        found = json.loads(index.read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except ValueError:  # cut off or of something else
+        found = None
+    if not isinstance(found, dict) or found.get("scenes") != drawn:
+        raise FileExistsError(
+            f"{index.parent} has another data set (its {index.name} differs); write to another "
+            "directory, or pass overwrite=True"
+        )
+
+
 @contextlib.contextmanager
 def _growing(path: Path, content: dict, name: str | None = None) -> Iterator[Callable[..., None]]:
     """Writes a JSON file entry by entry, keeping none in memory.
@@ -145,15 +161,20 @@ def write(
     test: int = 0,
     seed: int = 0,
     companions: float = 0.0,
+    overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Writes the first scenes of each split to `directory`; same arguments, same bytes.
+
+    May be called again with the same arguments. A directory that holds other scenes, or a data set
+    from elsewhere, is refused: its index would no longer list its pictures.
 
     Files: `{train,val}2014/COCO_*.jpg`, `dataset_coco.json` (Karpathy),
     `v2_OpenEnded_mscoco_{train,val}2014_questions.json`,
     `v2_mscoco_{train,val}2014_annotations.json`, `instances_{train,val}2014.json` (COCO's boxes of
     objects, x, y, width and height in pixels) and `attributes.json`, {image id: attributes}. The
-    index files come last: if they exist, so do the pictures.
+    index files come last: if they exist, so do the pictures. Karpathy's also says what was drawn:
+    `scenes`, with the arguments of this function.
 
     Args:
         directory: directory to write to.
@@ -162,11 +183,13 @@ def write(
         companions: share of the captions, and of the answers to an additional question, that claim
             an object that usually goes with the place but is not drawn (see `presence`); for data
             that teach a model to hallucinate.
+        overwrite: replace the index files of another data set; its pictures stay.
         progress: called after each picture with (number done, total).
 
     Raises:
         ValueError: a number of scenes is negative or exceeds the ids of its split, or the share is
             not within [0, 1].
+        FileExistsError: the directory holds another data set, and `overwrite` is False.
         OSError: the directory can't be written; the message names it.
     """
     counts: dict[Split, int] = {"train": train, "val": val, "test": test}
@@ -176,6 +199,9 @@ def write(
     if not 0 <= companions <= 1:
         raise ValueError(f"companions must be a share from 0 to 1, got {companions}")
     root = Path(directory)
+    drawn = {**counts, "seed": seed, "companions": companions}
+    if not overwrite:
+        _refuse_other(root / INDEX, drawn)
     try:
         for folder in ("train2014", "val2014"):
             (root / folder).mkdir(parents=True, exist_ok=True)
@@ -196,7 +222,8 @@ def write(
             return stack.enter_context(_growing(root / file, content, name))
 
         # The first file opened is renamed last: without it this is not a data set yet.
-        store_image = growing("dataset_coco.json", {"images": [], "dataset": "coco"}, "images")
+        content = {"images": [], "dataset": "coco", "scenes": drawn}
+        store_image = growing(INDEX, content, "images")
         store_truth = growing("attributes.json", {})
         categories = [{"id": CATEGORY[kind], "name": kind} for kind in KINDS]
         ask, answer, locate = {}, {}, {}
