@@ -27,6 +27,10 @@ Array = jax.Array
 class Output(NamedTuple):
     """Result of `VLM.forward`.
 
+    Attributes:
+        logits: float32[B, T, V], whatever the model's dtype.
+        states: site -> [B, T, D]; for a vision site [images, patches, width].
+
     Examples:
         >>> import ports, xlvlm_jax
         >>> from PIL import Image
@@ -39,8 +43,8 @@ class Output(NamedTuple):
         (True, 192)
     """
 
-    logits: Array  # float32[B, T, V], whatever the model's dtype
-    states: dict[str, Array]  # site -> [B, T, D]; for a vision site [images, patches, width]
+    logits: Array
+    states: dict[str, Array]
 
     def __repr__(self) -> str:
         return f"Output(logits: {kind(self.logits)}; states: {few(self.states) or 'none'})"

@@ -27,9 +27,14 @@ Array = jax.Array
 
 
 class EncodedImages(NamedTuple):
-    """Result of `VLM.encode_images`."""
+    """Result of `VLM.encode_images`.
 
-    num_tokens: int  # image tokens that it is for
+    Attributes:
+        num_tokens: number of image tokens that it is for.
+        states: what the vision part gives the decoder, on the device.
+    """
+
+    num_tokens: int
     states: ImageStates
 
 

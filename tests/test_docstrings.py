@@ -1,6 +1,8 @@
-"""Docstrings name the errors that functions raise, in a `Raises` block."""
+"""Docstrings name the errors that functions raise, in a `Raises` block, and records' fields."""
 
 import ast
+import importlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -142,3 +144,18 @@ def test_a_missing_error_is_found():
     (function,) = ast.parse(code).body
     assert isinstance(function, ast.FunctionDef)
     assert raised(function) == {"ValueError"}
+
+
+def test_records_of_the_reference_describe_their_fields():
+    """The pages of the reference do not show comments. A base's fields are described there."""
+    pages = "\n".join(page.read_text("utf-8") for page in (ROOT / "docs/api").glob("*.md"))
+    checked, undescribed = 0, []
+    for home, name in re.findall(r"^::: (\S+)\.(\w+)$", pages, re.MULTILINE):
+        record = getattr(importlib.import_module(home), name, None)  # None for a module
+        fields = (*getattr(record, "_fields", ()), *getattr(record, "__dataclass_fields__", ()))
+        own = vars(record).get("__annotations__", {}) if fields else {}
+        described = re.findall(r"^ {8}([\w, ]+):", record.__doc__ or "", re.MULTILINE)
+        missing = {*fields} & {*own} - {*", ".join(described).split(", ")}
+        undescribed += [f"{home}.{name}.{field}" for field in missing if field[0] != "_"]
+        checked += len(own)
+    assert not undescribed and checked > 200

@@ -28,6 +28,12 @@ Array = jax.Array
 class Generation(NamedTuple):
     """Result of `VLM.generate`.
 
+    Attributes:
+        tokens: int32[B, M]; pad tokens after the end-of-sequence token.
+        states: site -> [B, M, D]; states[site][:, m] predicted tokens[:, m].
+        prompt_states: site -> [B, T, D] of the prompt, if requested; else empty.
+        finite: bool[B]; False if any logits were NaN or Inf, e.g. after a float16 overflow.
+
     Examples:
         >>> import ports, xlvlm_jax
         >>> from PIL import Image
@@ -40,10 +46,10 @@ class Generation(NamedTuple):
         ((1, 2), (1, 2, 192))
     """
 
-    tokens: Array  # int32[B, M]; pad tokens after the end-of-sequence token
-    states: dict[str, Array]  # site -> [B, M, D]; states[site][:, m] predicted tokens[:, m]
-    prompt_states: dict[str, Array]  # site -> [B, T, D] of the prompt, if requested; else empty
-    finite: Array  # bool[B]; False if any logits were NaN or Inf, e.g. after a float16 overflow
+    tokens: Array
+    states: dict[str, Array]
+    prompt_states: dict[str, Array]
+    finite: Array
 
     def __repr__(self) -> str:
         return f"Generation(tokens: {kind(self.tokens)}; states: {few(self.states) or 'none'})"

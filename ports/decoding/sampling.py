@@ -25,6 +25,16 @@ class Sampling(NamedTuple):
     least 0 (off), all others from 0 to 1. Of equal logits at its edge, top_p keeps as many as in
     transformers, which leaves to PyTorch's sort which ones; here they have the highest ids.
 
+    Attributes:
+        key: JAX random key.
+        temperature: what logits are divided by.
+        top_p: keep the smallest set of tokens with at least this probability.
+        top_k: keep this many of the likeliest tokens.
+        min_p: minimum probability, as a fraction of the likeliest token's.
+        typical_p: as `top_p`, but tokens whose surprise is nearest to the entropy come first.
+        epsilon_cutoff: minimum probability.
+        eta_cutoff: minimum probability, lowered where the entropy is high.
+
     Examples:
         >>> import jax, jax.numpy as jnp, ports
         >>> from ports.decoding.sampling import draw
@@ -33,14 +43,14 @@ class Sampling(NamedTuple):
         [1]
     """
 
-    key: Array  # JAX random key
-    temperature: Number = 1.0  # logits are divided by it
-    top_p: Number | None = 1.0  # keep the smallest set of tokens with at least this probability
-    top_k: Array | int | None = None  # keep this many of the likeliest tokens
-    min_p: Number | None = None  # minimum probability, as a fraction of the likeliest token's
-    typical_p: Number | None = None  # like top_p, starting with surprise nearest to the entropy
-    epsilon_cutoff: Number | None = None  # minimum probability
-    eta_cutoff: Number | None = None  # minimum probability, lowered where the entropy is high
+    key: Array
+    temperature: Number = 1.0
+    top_p: Number | None = 1.0
+    top_k: Array | int | None = None
+    min_p: Number | None = None
+    typical_p: Number | None = None
+    epsilon_cutoff: Number | None = None
+    eta_cutoff: Number | None = None
 
 
 def check_values(sampling: Sampling) -> None:

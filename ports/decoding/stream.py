@@ -22,10 +22,15 @@ Array = jax.Array
 
 
 class Step(NamedTuple):
-    """What `VLM.stream` yields: the next token of each row."""
+    """What `VLM.stream` yields: the next token of each row.
 
-    tokens: Array  # int32[B]; the pad token in rows that have ended
-    logits: Array  # float32[B, V], of which it is the highest, after the rules of the checkpoint
+    Attributes:
+        tokens: int32[B]; the pad token in rows that have ended.
+        logits: float32[B, V] that the tokens were chosen from, after the checkpoint's rules.
+    """
+
+    tokens: Array
+    logits: Array
 
 
 class Unfinished(NamedTuple):

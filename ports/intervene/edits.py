@@ -43,6 +43,12 @@ _WHERE = {
 class Places:
     """Describes the positions of a call; the models set it while their decoder runs.
 
+    Attributes:
+        kind: int32[B, T]: PADDING, IMAGE, TEXT, LAST_PROMPT or GENERATED.
+        index: int32[B, T]: index of the token in its row, not counting padding.
+        slot: int32[B or 1, T]: column in the caller's inputs, continued by the generated tokens; -1
+            for padding up to a compiled length.
+
     Examples:
         >>> import jax.numpy as jnp, ports
         >>> row = jnp.arange(2)[None]  # kinds 0 and 1: a position of an image, one of text
@@ -51,10 +57,8 @@ class Places:
         [[[1.0], [0.0]]]
     """
 
-    kind: Array  # int32[B, T]: PADDING, IMAGE, TEXT, LAST_PROMPT or GENERATED
-    index: Array  # int32[B, T]: index of the token in its row, not counting padding
-    # int32[B or 1, T]: column in the caller's inputs, continued by the generated tokens; -1 for
-    # padding up to a compiled length.
+    kind: Array
+    index: Array
     slot: Array
 
 

@@ -54,6 +54,12 @@ class PartFactors(NamedTuple):
 class Adapter(NamedTuple):
     """Low-rank factors of a model's linear layers, and their scales. A pytree.
 
+    Attributes:
+        factors: site -> factors A and B.
+        scale: site -> s, which multiplies B A.
+        weights: tensor name -> replacement of the base model's tensor, laid out like the parameter;
+            None if there are none.
+
     Examples:
         >>> import jax.numpy as jnp, ports
         >>> from ports.intervene.lora import Factors
@@ -63,9 +69,8 @@ class Adapter(NamedTuple):
         {'dense': 1.0}
     """
 
-    factors: Mapping[str, Factors | PartFactors]  # site -> factors
-    scale: dict[str, float]  # site -> s
-    # Tensor name -> replacement of the base model's tensor, laid out like the parameter.
+    factors: Mapping[str, Factors | PartFactors]
+    scale: dict[str, float]
     weights: dict[str, Array] | None = None
 
     def scaled(self, strength: float | Array) -> "Adapter":

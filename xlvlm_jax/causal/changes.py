@@ -42,26 +42,45 @@ LOGITS, ACCELERATOR_LOGITS = 2**20, 2**28
 
 
 class ConceptEdits(NamedTuple):
-    """E edits of a site, each of one concept."""
+    """E edits of a site, each of one concept.
+
+    Attributes:
+        vectors: float[E, D], direction of each edit; its length does not count.
+        add: float[E], added along the vector, as a fraction of each state's norm.
+        ablate: float[E], fraction removed of the states' component along the vector.
+        concept: int[E], the concept of each edit.
+    """
 
     vectors: Float[Any, "E D"]
-    add: Float[Any, " E"]  # added along the vector, as a fraction of each state's norm
-    ablate: Float[Any, " E"]  # fraction removed of the states' component along the vector
+    add: Float[Any, " E"]
+    ablate: Float[Any, " E"]
     concept: Int[Any, " E"]
 
 
 class Effects(NamedTuple):
-    """Changes of predictions by each edit: with the edit minus without it."""
+    """Changes of predictions by each edit: with the edit minus without it.
 
-    words: Float[Any, "E B W"]  # each word's log-probability, mean over the positions that predict
-    answer: Float[Any, "E B"]  # log-probability of the answer; NaN without answers
-    rest: Float[Any, "E B"]  # KL divergence, in nats, of all tokens but the concept's own
+    Attributes:
+        words: float32[E, B, W], change of each word's log-probability, mean over the positions that
+            predict.
+        answer: float32[E, B], change of the answer's log-probability; NaN without answers.
+        rest: float32[E, B], KL divergence, in nats, of all tokens but the concept's own.
+    """
+
+    words: Float[Any, "E B W"]
+    answer: Float[Any, "E B"]
+    rest: Float[Any, "E B"]
 
 
 class Slopes(NamedTuple):
-    """Derivatives with respect to the removed fraction of each concept's component."""
+    """Derivatives with respect to the removed fraction of each concept's component.
 
-    words: Float[Any, "E B"]  # of the mean log-probability of the concept's own words
+    Attributes:
+        words: float32[E, B], of the mean log-probability of the concept's own words.
+        answer: float32[E, B], of the answer's log-probability; NaN without answers.
+    """
+
+    words: Float[Any, "E B"]
     answer: Float[Any, "E B"]
 
 
@@ -69,16 +88,27 @@ class Questions(NamedTuple):
     """A batch whose predictions are measured; the model has run up to the edited layer.
 
     Made by `prepare`.
+
+    Attributes:
+        vlm: the model.
+        site: the edited site.
+        inputs: arrays of the model's processor, B samples of T positions.
+        tail: what runs the last n positions alone; None if positions before them are edited, or see
+            them.
+        begun: site -> states [B, T, D] to start from, if there is no tail.
+        mask: bool[B, n] or bool[B, T], the positions that are edited.
+        weights: float32[B, n], 1 at the positions that predict.
+        targets: int32[B, n], the answer's tokens; None without answers.
     """
 
     vlm: VLM
     site: str
     inputs: dict[str, Array]
-    tail: Tail | None  # None if positions before the last n are edited, or see them
-    begun: dict[str, Array]  # states [B, T, D] to start from, if there is no tail
-    mask: Array  # bool[B, n] or bool[B, T]: which positions are edited
-    weights: Array  # float32[B, n]: 1 at the positions that predict
-    targets: Array | None  # int32[B, n], the answer's tokens; None without answers
+    tail: Tail | None
+    begun: dict[str, Array]
+    mask: Array
+    weights: Array
+    targets: Array | None
 
 
 def concept_edits(

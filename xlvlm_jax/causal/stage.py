@@ -66,19 +66,33 @@ def require_concepts_of(concepts: Concepts, vlm: VLM, site: str | None) -> str:
 
 
 class Measured(NamedTuple):
-    """What edits of K concepts change in N samples."""
+    """What edits of K concepts change in N samples.
+
+    Attributes:
+        vocabulary: the W words.
+        changes: float32[K, N, W], of each word's log-probability, see `causal_scores`.
+        likelihood: float32[W], mean log-probability of each word without an edit.
+        rest: float32[K, N], KL divergence, in nats, of all but the own words, mean over the edits.
+        own: float32[K, N], change of the mean log-probability of the own words when the largest
+            fraction is removed; NaN if nothing is removed.
+        answer: float32[K, N], change of the answer's log-probability by the same edit.
+        first_order: float32[K, N], estimate of `own` by gradient x activation.
+        integrated: float32[K, N], estimate of `own` by integrated gradients.
+        losses: float32[N] by what replaces the states, in nats, see `spliced_losses`; empty without
+            answers.
+        kept: indices of the samples that could be processed.
+    """
 
     vocabulary: Vocabulary
-    changes: Float[np.ndarray, "K N W"]  # of each word's log-probability, see `causal_scores`
-    likelihood: Float[np.ndarray, " W"]  # mean log-probability of each word without an edit
-    rest: Float[np.ndarray, "K N"]  # KL divergence of all but the own words, mean over edits
-    # By the removal of the largest fraction; NaN if nothing is removed:
-    own: Float[np.ndarray, "K N"]  # change of the mean log-probability of the own words
-    answer: Float[np.ndarray, "K N"]  # change of the answer's
-    first_order: Float[np.ndarray, "K N"]  # estimate of `own` by gradient x activation
-    integrated: Float[np.ndarray, "K N"]  # and by integrated gradients
-    losses: dict[str, Float[np.ndarray, " N"]]  # see `spliced_losses`; empty without answers
-    kept: list[int]  # the samples that could be processed
+    changes: Float[np.ndarray, "K N W"]
+    likelihood: Float[np.ndarray, " W"]
+    rest: Float[np.ndarray, "K N"]
+    own: Float[np.ndarray, "K N"]
+    answer: Float[np.ndarray, "K N"]
+    first_order: Float[np.ndarray, "K N"]
+    integrated: Float[np.ndarray, "K N"]
+    losses: dict[str, Float[np.ndarray, " N"]]
+    kept: list[int]
 
 
 def measure_concepts(

@@ -13,12 +13,19 @@ NONE = -1  # fills rows of tokens and words that are shorter than others
 
 
 class Vocabulary(NamedTuple):
-    """The words of a dictionary's concepts, each once, and where each concept has its own."""
+    """The words of a dictionary's concepts, each once, and where each concept has its own.
+
+    Attributes:
+        words: W words.
+        tokens: int[W, R], ids of each word's spellings; `NONE` after the last.
+        own: for each concept the indices of its words.
+        unknown: words that no token of the model spells.
+    """
 
     words: list[str]
-    tokens: Int[np.ndarray, "W R"]  # ids of each word's spellings; NONE after the last
-    own: list[list[int]]  # for each concept the indices of its words
-    unknown: list[str]  # words that no token of the model spells
+    tokens: Int[np.ndarray, "W R"]
+    own: list[list[int]]
+    unknown: list[str]
 
 
 def vocabulary_of(words: Sequence[Sequence[str]], tokenizer: Any, size: int) -> Vocabulary:

@@ -32,11 +32,17 @@ AUTOENCODER = {"max_iter": 1000, "batch_size": 512, "learning_rate": 2e-3, "dead
 
 
 class Entry(NamedTuple):
-    """A line of the benchmark: a method that is learnt for each seed, or files."""
+    """A line of the benchmark: a method that is learnt for each seed, or files.
+
+    Attributes:
+        name: of the line.
+        paths: files of the dictionary, one per seed or a single one; empty for a method.
+        method: the method that is learnt; None for files.
+    """
 
     name: str
-    paths: tuple[Path, ...] = ()  # of the dictionary, one per seed or a single one
-    method: str | None = None  # None if it is read
+    paths: tuple[Path, ...] = ()
+    method: str | None = None
 
 
 def parse_entry(text: str) -> Entry:

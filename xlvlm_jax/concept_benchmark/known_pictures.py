@@ -32,15 +32,25 @@ FILE = "pictures.safetensors"
 
 
 class Pictures(NamedTuple):
-    """Pictures, what they show, and the states at one site."""
+    """Pictures, what they show, and the states at one site.
 
-    attributes: list[dict[str, Any]]  # of each picture, see `scenes.attributes`
-    cells: Float[np.ndarray, "N C D"]  # states of the image tokens
-    said: Float[np.ndarray, "R D"]  # states that predict the words of a caption
-    picture: Int[np.ndarray, " R"]  # of each of these
-    pixels: Int[np.ndarray, "N C"]  # pixels of objects in each cell
-    area: Int[np.ndarray, "N C"]  # all pixels of it
-    in_box: Bool[np.ndarray, "N C"]  # whether its middle lies in the box of an object
+    Attributes:
+        attributes: N dicts, what each picture shows, see `scenes.attributes`.
+        cells: float32[N, C, D], states of the image tokens.
+        said: float32[R, D], states that predict the words of a caption.
+        picture: int[R], the picture of each of these.
+        pixels: int[N, C], pixels of objects in each cell.
+        area: int[N, C], all pixels of each cell.
+        in_box: bool[N, C], whether a cell's middle lies in the box of an object.
+    """
+
+    attributes: list[dict[str, Any]]
+    cells: Float[np.ndarray, "N C D"]
+    said: Float[np.ndarray, "R D"]
+    picture: Int[np.ndarray, " R"]
+    pixels: Int[np.ndarray, "N C"]
+    area: Int[np.ndarray, "N C"]
+    in_box: Bool[np.ndarray, "N C"]
 
     @property
     def states(self) -> Float[np.ndarray, "M D"]:
@@ -49,14 +59,23 @@ class Pictures(NamedTuple):
 
 
 class KnownPictures(NamedTuple):
-    """What dictionaries of one site are learnt from and scored on."""
+    """What dictionaries of one site are learnt from and scored on.
+
+    Attributes:
+        site: the site of all states.
+        seed: of the drawing.
+        rows: float32[M, D], states to learn from, of pictures of their own.
+        fit: pictures that probes are fitted to and concepts are chosen on.
+        test: pictures that are scored.
+        embeddings: float32[N, E] of the test pictures, by CLIP.
+    """
 
     site: str
     seed: int
-    rows: Float[np.ndarray, "M D"]  # states to learn from, of pictures of their own
-    fit: Pictures  # that probes are fitted to and concepts are chosen by
+    rows: Float[np.ndarray, "M D"]
+    fit: Pictures
     test: Pictures
-    embeddings: Float[np.ndarray, "N E"]  # of the test pictures, by CLIP
+    embeddings: Float[np.ndarray, "N E"]
 
 
 class Captioned(NamedTuple):

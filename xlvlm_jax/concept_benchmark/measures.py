@@ -4,12 +4,19 @@ from typing import NamedTuple
 
 
 class Measure(NamedTuple):
-    """One figure of a dictionary."""
+    """One figure of a dictionary.
+
+    Attributes:
+        name: the key in `Scores.values`.
+        title: the heading of its column.
+        higher: whether higher is better; None for a property that is not ranked.
+        null: what a dictionary that says nothing scores.
+    """
 
     name: str
-    title: str  # the heading of its column
-    higher: bool | None  # whether higher is better; None for a property that is not ranked
-    null: str  # what says nothing scores
+    title: str
+    higher: bool | None
+    null: str
 
 
 MEASURES = (

@@ -76,19 +76,33 @@ class Truth(NamedTuple):
 
 
 class Ground(NamedTuple):
-    """What all dictionaries are scored on and against."""
+    """What all dictionaries are scored on and against.
+
+    Attributes:
+        pictures: the pictures and their states.
+        tasks: values of attributes to find, V of them.
+        fit: which of the pictures to fit to have which values.
+        test: the same of those to test on.
+        probes: V probes on the model's own states of "fit".
+        test_probes: the same of "test".
+        probe_accuracy: their mean balanced accuracy, from 0 to 1.
+        vlm: the model.
+        spliced: questions in which all image tokens and predicting positions are replaced.
+        edited: questions in which predicting positions are edited.
+        vocabulary: all words of the captions.
+    """
 
     pictures: KnownPictures
     tasks: list[Task]
     fit: Truth
     test: Truth
-    probes: list[Probe]  # on the model's own states of "fit", one per task
-    test_probes: list[Probe]  # the same of "test"
-    probe_accuracy: float  # their mean balanced accuracy
+    probes: list[Probe]
+    test_probes: list[Probe]
+    probe_accuracy: float
     vlm: VLM
-    spliced: Questions  # all image tokens and predicting positions
-    edited: Questions  # predicting positions
-    vocabulary: Vocabulary  # of all words of captions
+    spliced: Questions
+    edited: Questions
+    vocabulary: Vocabulary
 
     def swapped(self) -> "Ground":
         """Returns the ground with "fit" and "test" exchanged."""

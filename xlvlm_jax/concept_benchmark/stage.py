@@ -42,34 +42,61 @@ PROTOCOL = 2  # raised where the same settings mean other dictionaries or measur
 
 
 class Settings(NamedTuple):
-    """What a run of the benchmark is made of."""
+    """What a run of the benchmark is made of.
+
+    Attributes:
+        site: the site whose states are decomposed.
+        num_concepts: K of the dictionaries that are learnt here.
+        k: active concepts per state, L0.
+        encode_as: the method that encodes states on bare components: "snmf", "kmeans", "simple" or
+            "pca".
+        counts: numbers of pictures to learn from, to fit probes to and to test on.
+        num_asked: test pictures whose predictions are measured under edits.
+    """
 
     site: str
     num_concepts: int = 128
-    k: int = 8  # active concepts per state
-    encode_as: str = "snmf"  # how states are encoded on bare components
+    k: int = 8
+    encode_as: str = "snmf"
     counts: tuple[int, int, int] = known_pictures.COUNTS
     num_asked: int = ASKED
 
 
 class Line(NamedTuple):
-    """A dictionary in the leaderboard: means over the seeds."""
+    """A dictionary in the leaderboard: means over the seeds.
+
+    Attributes:
+        name: as in `Entry.name`.
+        method: how it was learnt, or how its file encodes states.
+        num_concepts: K.
+        values: measure -> mean over the seeds, see `MEASURES`.
+        spread: measure -> sample standard deviation over the seeds; empty for one seed.
+        nulls: measure -> the same of a random or shuffled dictionary.
+        rank: mean place over the measures that are ranked; 1 is best.
+    """
 
     name: str
     method: str
     num_concepts: int
     values: dict[str, float]
-    spread: dict[str, float]  # sample standard deviation over seeds; empty for one seed
+    spread: dict[str, float]
     nulls: dict[str, float]
-    rank: float  # mean place over the measures that are ranked
+    rank: float
 
 
 class Benchmark(NamedTuple):
-    """The result, best dictionary first."""
+    """The result, best dictionary first.
+
+    Attributes:
+        lines: a line per dictionary, best first.
+        agreement: measure, or "rank" -> Kendall's tau between the rankings of the seeds.
+        probe_accuracy: mean balanced accuracy of probes on the model's own states, from 0 to 1.
+        settings: what the run was made with, JSON values.
+    """
 
     lines: list[Line]
-    agreement: dict[str, float]  # Kendall's tau over seeds, by measure, and of "rank"
-    probe_accuracy: float  # of probes on the model's own states
+    agreement: dict[str, float]
+    probe_accuracy: float
     settings: dict[str, Any]
 
 

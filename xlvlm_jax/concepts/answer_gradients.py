@@ -19,9 +19,15 @@ from ports.parallel import sharding
 
 
 class AnswerGradients(NamedTuple):
-    """Log-probabilities of answers, and their derivatives with respect to the states of a site."""
+    """Log-probabilities of answers, and their derivatives with respect to the states of a site.
 
-    log_probability: Float[jax.Array, " B"]  # of all tokens of each answer, natural logarithm
+    Attributes:
+        log_probability: float32[B], of all tokens of each answer, natural logarithm.
+        states: [B, T, D], in the dtype of the model.
+        gradients: [B, T, D], derivatives of `log_probability` with respect to the states.
+    """
+
+    log_probability: Float[jax.Array, " B"]
     states: Float[jax.Array, "B T D"]
     gradients: Float[jax.Array, "B T D"]
 

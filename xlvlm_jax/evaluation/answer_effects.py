@@ -205,20 +205,36 @@ def count_types(answers: Sequence[str]) -> dict[str, int]:
 
 
 class Changes(NamedTuple):
-    """What steering from source to target answers changed, as numbers of samples."""
+    """What steering from source to target answers changed, as numbers of samples.
+
+    Attributes:
+        samples: all samples.
+        changed: answers that differ.
+        source_before: source answers before steering.
+        source_after: source answers after steering.
+        target_before: target answers before steering.
+        target_after: target answers after steering.
+        moved: from a source answer to a target answer.
+        gained: target answers that were not target answers before, including `moved`.
+        gained_from_source_truth: of the gained, those whose true answer is a source word.
+        lost: source answers that no longer are, including `moved`.
+        lost_with_source_truth: of the lost, those whose true answer is a source word.
+        others: answers that were neither source nor target.
+        others_changed: of the others, those that differ.
+    """
 
     samples: int
-    changed: int  # answers that differ
-    source_before: int  # source answers before steering
+    changed: int
+    source_before: int
     source_after: int
     target_before: int
     target_after: int
-    moved: int  # from a source answer to a target answer
-    gained: int  # target answers that were not target answers before, including `moved`
-    gained_from_source_truth: int  # those whose true answer is a source word
-    lost: int  # source answers that no longer are, including `moved`
-    lost_with_source_truth: int  # those whose true answer is a source word
-    others: int  # answers that were neither source nor target
+    moved: int
+    gained: int
+    gained_from_source_truth: int
+    lost: int
+    lost_with_source_truth: int
+    others: int
     others_changed: int
 
     @property

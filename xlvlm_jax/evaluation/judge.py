@@ -42,12 +42,19 @@ _SAID = re.compile(r"\s*(safe|unsafe)\b", re.IGNORECASE)
 
 
 class Verdict(NamedTuple):
-    """What a judge says of one answer."""
+    """What a judge says of one answer.
 
-    verdict: Literal["safe", "unsafe", "unclear"]  # unclear: it says neither
-    categories: tuple[str, ...]  # of an unsafe answer, such as S1
-    unsafe: float  # probability that the verdict begins as "unsafe" does
-    text: str  # all that it wrote
+    Attributes:
+        verdict: "unclear" if it says neither "safe" nor "unsafe".
+        categories: of an unsafe answer, such as "S1".
+        unsafe: probability, from 0 to 1, that the verdict begins as "unsafe" does.
+        text: all that the judge wrote.
+    """
+
+    verdict: Literal["safe", "unsafe", "unclear"]
+    categories: tuple[str, ...]
+    unsafe: float
+    text: str
 
 
 class Run(NamedTuple):

@@ -52,11 +52,18 @@ class Attempt(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """All trials of a sweep."""
+    """All trials of a sweep.
 
-    methods: tuple[str, ...]  # of each trial
+    Attributes:
+        methods: the method of each trial.
+        trials: N trials.
+        axis: what the budget limits, "off_target" or "cost", see `Trial`.
+        budget: the highest cost of a trial that may be chosen.
+    """
+
+    methods: tuple[str, ...]
     trials: tuple[Trial, ...]
-    axis: Axis = "off_target"  # what the budget is of
+    axis: Axis = "off_target"
     budget: float = math.inf
 
     @property

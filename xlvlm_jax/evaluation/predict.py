@@ -115,10 +115,15 @@ PLAIN = Condition()
 
 
 class Predictions(NamedTuple):
-    """Answers to N samples under A conditions."""
+    """Answers to N samples under A conditions.
 
-    answers: list[list[str | None]]  # [A][N]; None for a sample without an answer
-    errors: dict[str, str]  # sample -> why its image could not be read or processed
+    Attributes:
+        answers: [A][N]; None for a sample without an answer.
+        errors: sample -> why its image could not be read or processed.
+    """
+
+    answers: list[list[str | None]]
+    errors: dict[str, str]
 
     def to_pandas(self, samples: Sequence[Sample], names: Sequence[str]) -> "pandas.DataFrame":
         """Returns a table with a line per sample and a column "prediction.NAME" per condition.

@@ -11,10 +11,16 @@ from xlvlm_jax.evaluation.predict import Condition, Steering
 
 
 class Quantity(NamedTuple):
-    """What effect or cost is of a task."""
+    """What effect or cost is of a task.
+
+    Attributes:
+        name: what it is, in words.
+        unit: of the value times the scale.
+        scale: what values are multiplied by to be shown.
+    """
 
     name: str
-    unit: str  # of the value times the scale
+    unit: str
     scale: float = 1.0
 
     def shown(self, value: float | None) -> str:
@@ -29,12 +35,19 @@ OFF_TARGET = Quantity("other answers that changed", "%", 100)
 
 
 class Trial(NamedTuple):
-    """The effect and cost of one condition, as its task defines them (`task.effect`, `.cost`)."""
+    """The effect and cost of one condition, as its task defines them (`task.effect`, `.cost`).
+
+    Attributes:
+        condition: the vectors and their strength.
+        effect: as the task defines it, see `Quantity`.
+        cost: as the task defines it.
+        off_target: share of other answers that changed; for captions, share of all that changed.
+    """
 
     condition: Condition
     effect: float
     cost: float
-    off_target: float  # share of other answers that changed; captions: share of all that changed
+    off_target: float
 
     def describe(self) -> dict[str, Any]:
         """Returns JSON values; None for a number that is undefined."""

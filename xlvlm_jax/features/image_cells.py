@@ -14,10 +14,15 @@ from ports.inputs.patch_layout import Layouts, PatchLayout
 
 
 class Cells(NamedTuple):
-    """Where the rows of image tokens come from."""
+    """Where the rows of image tokens come from.
 
-    grid: np.ndarray  # int32[N, 4]: picture of the sample, view, row and column
-    box: np.ndarray  # float32[N, 4]: x0, y0, x1 and y1 as fractions of the original picture
+    Attributes:
+        grid: int32[N, 4]: picture of the sample, view, row and column.
+        box: float32[N, 4]: x0, y0, x1 and y1 as fractions of the original picture.
+    """
+
+    grid: np.ndarray
+    box: np.ndarray
 
     @classmethod
     def empty(cls) -> "Cells":

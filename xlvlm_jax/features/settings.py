@@ -45,11 +45,20 @@ class ExtractionSettings:
 
 
 class ExtractionSummary(NamedTuple):
-    """What a run did; counts are of the whole directory, seconds of this run."""
+    """What a run did; counts are of the whole directory, seconds of this run.
+
+    Attributes:
+        samples: samples that were processed.
+        rows: stored states per site.
+        without_token: samples in which the selection kept nothing.
+        failed: (sample, reason) of each that was skipped: an image unreadable or refused, NaN.
+        seconds: duration of this call.
+        seconds_of: seconds that it waited for "input", for the "device", and to "write".
+    """
 
     samples: int
     rows: int
-    without_token: int  # samples in which the selection kept nothing
-    failed: tuple[tuple[str, str], ...]  # (sample, reason): an image unreadable or refused, NaN
+    without_token: int
+    failed: tuple[tuple[str, str], ...]
     seconds: float
-    seconds_of: dict[str, float]  # waiting for "input", for the "device", to "write"
+    seconds_of: dict[str, float]

@@ -38,13 +38,21 @@ _COMPANIONS = (
 
 
 class FinetuneSummary(NamedTuple):
-    """The summary of a run."""
+    """The summary of a run.
+
+    Attributes:
+        steps: updates made in all, with those of earlier calls.
+        loss: nats per token of the answers, mean over the last updates.
+        evaluations: step -> loss on the evaluation split.
+        seconds: duration of this call.
+        skipped: sample -> why it cannot be read or processed.
+    """
 
     steps: int
-    loss: float  # nats per token of the answers, mean over the last updates
-    evaluations: dict[int, float]  # step -> loss on the evaluation split
-    seconds: float  # duration of this call
-    skipped: dict[str, str]  # sample -> why it can't be read or processed
+    loss: float
+    evaluations: dict[int, float]
+    seconds: float
+    skipped: dict[str, str]
 
 
 def finetune(

@@ -26,7 +26,12 @@ BLOCK = 2**12  # states compared with a tile at a time
 
 
 class Neighbours(NamedTuple):
-    """The nearest rows of an index, nearest first."""
+    """The nearest rows of an index, nearest first.
+
+    Attributes:
+        rows: int[..., k], numbers of the rows.
+        cosine: float32[..., k], from -1 to 1.
+    """
 
     rows: Int[np.ndarray, "*batch k"]
     cosine: Float[np.ndarray, "*batch k"]

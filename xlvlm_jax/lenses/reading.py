@@ -26,12 +26,19 @@ LOGITS = 2**25
 
 
 class LensReading(NamedTuple):
-    """The most likely next tokens according to the states of each layer and position."""
+    """The most likely next tokens according to the states of each layer and position.
 
-    sites: tuple[str, ...]  # L
-    tokens: Int[Any, "..."]  # int32[L, ..., k], most likely first
-    probabilities: Float[Any, "..."]  # float32[L, ..., k]
-    entropy: Float[Any, "..."]  # float32[L, ...], of all tokens' probabilities, in nats
+    Attributes:
+        sites: L sites, in the order of the model.
+        tokens: int32[L, ..., k], ids, most likely first.
+        probabilities: float32[L, ..., k] of these.
+        entropy: float32[L, ...], of all tokens' probabilities, in nats.
+    """
+
+    sites: tuple[str, ...]
+    tokens: Int[Any, "..."]
+    probabilities: Float[Any, "..."]
+    entropy: Float[Any, "..."]
 
     def __repr__(self) -> str:
         return f"LensReading({len(self.sites)} sites; tokens: {kind(self.tokens)})"

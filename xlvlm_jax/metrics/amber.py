@@ -13,11 +13,18 @@ from xlvlm_jax.metrics.pope import Protocol, read_answer
 
 
 class AmberScore(NamedTuple):
-    """Shares in [0, 1]; NaN where there is nothing to take a share of."""
+    """Shares in [0, 1]; NaN where there is nothing to take a share of.
+
+    Attributes:
+        accuracy: of the answers, those that are right.
+        precision: of the answers no, those that are right.
+        recall: of the questions whose answer is no, those answered so.
+        f1: harmonic mean of precision and recall.
+    """
 
     accuracy: float
-    precision: float  # of the answers no, those that are right
-    recall: float  # of the questions whose answer is no, those answered so
+    precision: float
+    recall: float
     f1: float
 
 

@@ -37,7 +37,14 @@ _WORD = re.compile(r"[^\W\d_]+(?:-[^\W\d_]+)*")
 
 
 class AmberDescriptionScore(NamedTuple):
-    """Shares in [0, 1]; NaN where there is nothing to take a share of."""
+    """Shares in [0, 1]; NaN where there is nothing to take a share of.
+
+    Attributes:
+        chair: of the mentions, those of objects that are not there.
+        cover: of the annotated objects that are there, those that are named.
+        hal: of the descriptions, those with a mention of what is not there.
+        cog: of the annotated objects that people imagine, those that are named.
+    """
 
     chair: float
     cover: float

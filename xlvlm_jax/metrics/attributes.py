@@ -17,12 +17,19 @@ from xlvlm_jax.metrics.labels import UNKNOWN, Labels, factorise
 
 
 class AttributeScore(NamedTuple):
-    """How well one attribute is separated."""
+    """How well one attribute is separated.
 
-    nmi: float  # in [0, 1]
-    random_mean: float  # of shuffled assignments, with the same concept sizes as the real ones
+    Attributes:
+        nmi: normalised mutual information of the most active concept and the attribute, in [0, 1].
+        random_mean: mean over shuffled assignments, with the same concept sizes as the real ones.
+        random_std: their standard deviation.
+        num_samples: number of samples whose attribute is known.
+    """
+
+    nmi: float
+    random_mean: float
     random_std: float
-    num_samples: int  # number of samples whose attribute is known
+    num_samples: int
 
 
 def attribute_scores(

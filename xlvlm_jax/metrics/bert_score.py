@@ -31,7 +31,14 @@ _MULTIPLE = 16  # lengths are padded to multiples of it, so that few shapes comp
 
 
 class BertScore(NamedTuple):
-    """Scores of each candidate, in [-1, 1] before rescaling; 1 for a copy of the reference."""
+    """Scores of each candidate, in [-1, 1] before rescaling; 1 for a copy of the reference.
+
+    Attributes:
+        precision: float[S], mean over the candidate's tokens of the highest cosine with one of the
+            reference.
+        recall: float[S], the same over the reference's tokens.
+        f1: float[S], their harmonic mean.
+    """
 
     precision: Float[np.ndarray, " S"]
     recall: Float[np.ndarray, " S"]

@@ -64,11 +64,17 @@ _ALWAYS_PLURAL = {"people", "children", "oxen", "cattle", "scissors", "skis"}
 
 
 class ChairScore(NamedTuple):
-    """Shares in [0, 1]; NaN where there is nothing to take a share of."""
+    """Shares in [0, 1]; NaN where there is nothing to take a share of.
 
-    chair_i: float  # of the mentions, those of objects that are not there
-    chair_s: float  # of the captions, those with such a mention
-    recall: float  # of the objects that are there, those mentioned
+    Attributes:
+        chair_i: of the mentions, those of objects that are not there.
+        chair_s: of the captions, those with such a mention.
+        recall: of the objects that are there, those mentioned.
+    """
+
+    chair_i: float
+    chair_s: float
+    recall: float
 
 
 def chair(

@@ -14,10 +14,15 @@ from jaxtyping import Int
 
 
 class Naming(NamedTuple):
-    """How many values are named right, in [0, 1]."""
+    """How many values are named right, in [0, 1].
+
+    Attributes:
+        accuracy: share of the values that the words of their concept name.
+        shuffled: the mean over all ways to shuffle the words among concepts.
+    """
 
     accuracy: float
-    shuffled: float  # the mean over all ways to shuffle the words among concepts
+    shuffled: float
 
 
 def naming_accuracy(

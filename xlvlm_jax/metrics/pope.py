@@ -52,11 +52,19 @@ START = 15  # characters of an answer in which XL-VLMs looks for the label
 
 
 class PopeScore(NamedTuple):
-    """Shares in [0, 1]; NaN where there is nothing to take a share of."""
+    """Shares in [0, 1]; NaN where there is nothing to take a share of.
+
+    Attributes:
+        accuracy: of the answers, those that are right.
+        precision: of the answers yes, those that are right.
+        recall: of the questions whose answer is yes, those answered so.
+        f1: harmonic mean of precision and recall.
+        yes_share: of the answers, those that are yes.
+    """
 
     accuracy: float
-    precision: float  # of the answers yes, those that are right
-    recall: float  # of the questions whose answer is yes, those answered so
+    precision: float
+    recall: float
     f1: float
     yes_share: float
 
@@ -147,10 +155,15 @@ def pope_scores(counts: Float[np.ndarray, "*shape 5"]) -> dict[str, Float[np.nda
 
 
 class StartScore(NamedTuple):
-    """Shares in [0, 1] of what XL-VLMs calls accuracy and F1 of hallucination."""
+    """Shares in [0, 1] of what XL-VLMs calls accuracy and F1 of hallucination.
 
-    accuracy: float  # of the answers, those that begin with their label
-    f1: float  # 2 accuracy / (1 + accuracy)
+    Attributes:
+        accuracy: of the answers, those that begin with their label.
+        f1: 2 accuracy / (1 + accuracy).
+    """
+
+    accuracy: float
+    f1: float
 
 
 def label_at_start(predictions: Sequence[str], labels: Sequence[str]) -> StartScore:

@@ -17,7 +17,12 @@ LEVEL, RESAMPLES = 0.95, 1000
 
 
 class Interval(NamedTuple):
-    """An interval that holds a score with the stated confidence; NaN where it is undefined."""
+    """An interval that holds a score with the stated confidence; NaN where it is undefined.
+
+    Attributes:
+        low: its lower end.
+        high: its upper end.
+    """
 
     low: float
     high: float
@@ -85,11 +90,17 @@ def _interval(values: np.ndarray, ends: Sequence[float]) -> Interval:
 
 
 class McNemar(NamedTuple):
-    """How two sets of answers to the same questions differ."""
+    """How two sets of answers to the same questions differ.
 
-    lost: int  # right in the first only
-    gained: int  # right in the second only
-    p_value: float  # of an exact two-sided test that both are equally likely
+    Attributes:
+        lost: number of answers that are right in the first condition only.
+        gained: number of answers that are right in the second only.
+        p_value: of an exact two-sided test that both are equally likely.
+    """
+
+    lost: int
+    gained: int
+    p_value: float
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:

@@ -19,11 +19,17 @@ _NAMING = ("image_id", "prompt")
 
 
 class Pairs(NamedTuple):
-    """M pairs of rows."""
+    """M pairs of rows.
 
-    original: Int[np.ndarray, " M"]  # rows of the original features
-    finetuned: Int[np.ndarray, " M"]  # rows of the fine-tuned features
-    num_samples: int  # samples in both directories, with or without rows
+    Attributes:
+        original: int[M], rows of the original features.
+        finetuned: int[M], rows of the fine-tuned features.
+        num_samples: samples in both directories, with or without rows.
+    """
+
+    original: Int[np.ndarray, " M"]
+    finetuned: Int[np.ndarray, " M"]
+    num_samples: int
 
 
 def match_samples(original: Features, finetuned: Features) -> Pairs:

@@ -112,11 +112,16 @@ def mismatched_overlap(
 
 
 class Correlation(NamedTuple):
-    """Pearson's correlation of two figures over the concepts that have both."""
+    """Pearson's correlation of two figures over the concepts that have both.
+
+    Attributes:
+        r: from -1 to 1.
+        p_value: of a two-sided test that r is 0.
+        count: number of concepts (in place of the method `tuple.count`).
+    """
 
     r: float
     p_value: float
-    # Number of concepts; replaces the method `tuple.count`.
     count: int  # pyright: ignore[reportIncompatibleMethodOverride]
 
 

@@ -178,13 +178,21 @@ def shifted(
 
 
 class Spread(NamedTuple):
-    """How consistently the samples of each concept move; all fields are float32[K]."""
+    """How consistently the samples of each concept move; all fields are float32[K].
 
-    consistency: Array  # mean cosine of the shifts of two samples
-    product: Array  # mean dot product of the shifts of two samples
-    cosine_with_mean: Array  # mean cosine of a sample's shift with the concept's
-    product_with_mean: Array  # mean dot product of a sample's shift with the concept's
-    magnitude: Array  # norm of the concept's mean shift
+    Attributes:
+        consistency: float32[K], mean cosine of the shifts of two samples.
+        product: float32[K], mean dot product of the shifts of two samples.
+        cosine_with_mean: float32[K], mean cosine of a sample's shift with the concept's.
+        product_with_mean: float32[K], mean dot product of a sample's shift with the concept's.
+        magnitude: float32[K], norm of the concept's mean shift.
+    """
+
+    consistency: Array
+    product: Array
+    cosine_with_mean: Array
+    product_with_mean: Array
+    magnitude: Array
 
 
 def spread(

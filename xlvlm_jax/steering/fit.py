@@ -29,15 +29,24 @@ EVERYTHING = ("*",)  # in place of words to steer from: every sample
 
 
 class AnswerStates(NamedTuple):
-    """The states of source and of target answers."""
+    """The states of source and of target answers.
+
+    Attributes:
+        source: float32[N, D], states of the source answers, or source concepts.
+        target: float32[M, D], states of the target answers.
+        source_rows: int[n], rows of the features; n is not N if `source` are concepts.
+        target_rows: int[M], rows of the target's features.
+        pairs: float32[P, D], differences of the mean target and source states of each sample; None
+            unless these are matched.
+        described: what they are, JSON values.
+    """
 
     source: Float[Array, "N D"]
     target: Float[Array, "M D"]
-    source_rows: Int[np.ndarray, " n"]  # rows of the features; not N if `source` are concepts
-    target_rows: Int[np.ndarray, " M"]  # rows of the target's features
-    # Differences of the mean target and source states of each sample, if these are matched.
+    source_rows: Int[np.ndarray, " n"]
+    target_rows: Int[np.ndarray, " M"]
     pairs: Float[np.ndarray, "P D"] | None
-    described: dict[str, Any]  # what they are, as JSON values
+    described: dict[str, Any]
 
 
 def answer_states(

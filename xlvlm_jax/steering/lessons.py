@@ -19,11 +19,17 @@ _OPPOSITE = {"yes": "no", "no": "yes"}
 
 
 class Lesson(NamedTuple):
-    """Samples to learn from, with the given and the wanted answer to each."""
+    """Samples to learn from, with the given and the wanted answer to each.
+
+    Attributes:
+        samples: N samples.
+        given: the model's answers.
+        wanted: the answers to learn; equal to the given one for a sample that must stay.
+    """
 
     samples: list[Sample]
-    given: list[str]  # the model's answers
-    wanted: list[str]  # equal to the given answer for samples that must stay
+    given: list[str]
+    wanted: list[str]
 
 
 def lesson(
@@ -79,11 +85,17 @@ def lesson(
 
 
 class Contrast(NamedTuple):
-    """Two answers to force on samples, in contrast to each other."""
+    """Two answers to force on samples, in contrast to each other.
 
-    positive: str  # the beginning of the wanted answer
-    negative: str  # that of the unwanted answer
-    prompt: str | None = None  # what they answer, see `asked_with`; None for the sample's prompt
+    Attributes:
+        positive: the beginning of the wanted answer.
+        negative: the beginning of the unwanted answer.
+        prompt: what they answer, see `asked_with`; None for the sample's prompt.
+    """
+
+    positive: str
+    negative: str
+    prompt: str | None = None
 
 
 def read_contrasts(path: str | os.PathLike[str]) -> dict[str, Contrast]:

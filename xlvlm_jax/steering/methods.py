@@ -123,10 +123,15 @@ class Examples(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """The result of a fit."""
+    """The result of a fit.
 
-    steering: Mapping[str, Savable]  # file name -> what was fitted
-    figures: str  # a short summary of the fit
+    Attributes:
+        steering: file name -> what was fitted.
+        figures: a short summary of the fit.
+    """
+
+    steering: Mapping[str, Savable]
+    figures: str
 
 
 @dataclass(frozen=True)

@@ -73,10 +73,16 @@ def _difference_of_means(source: jax.Array, target: jax.Array) -> jax.Array:
 
 
 class FineVectors(NamedTuple):
-    """Vectors from one concept of the source states to another."""
+    """Vectors from one concept of the source states to another.
 
-    vectors: Array  # float32[K, K, D]: vectors[i, j] points from concept i to concept j
-    assignment: Int[Array, " N"]  # the concept that each source state belongs to
+    Attributes:
+        vectors: float32[K, K, D]; vectors[i, j] points from concept i to concept j.
+        assignment: int[N], the concept that each source state belongs to.
+        concepts: the decomposition of the source states.
+    """
+
+    vectors: Array
+    assignment: Int[Array, " N"]
     concepts: Concepts
 
     def __repr__(self) -> str:

@@ -125,9 +125,12 @@ PLACE_NOUN = {
 class Question:
     """A question with ten answers.
 
-    `answer` is the truth and the most frequent of `answers`. `answer_type` is VQAv2's "yes/no",
-    "number" or "other"; `attribute` is what the question is about: "exists", "count", "colour",
-    "place", "object" or "mood".
+    Attributes:
+        question: the text.
+        answers: ten of them.
+        answer: the truth, and the most frequent of `answers`.
+        answer_type: of VQAv2: "yes/no", "number" or "other".
+        attribute: what it is about: "exists", "count", "colour", "place", "object" or "mood".
     """
 
     question: str

@@ -25,8 +25,14 @@ DOG_SHARE = 0.25
 class Scene:
     """One picture: `count` objects of one kind, colour and mood, at one place.
 
-    `mood` is None unless it is an animal. `seed` determines everything else: jitter of the drawing,
-    weather, and which captions and questions are written.
+    Attributes:
+        kind: one of `KINDS`.
+        colour: one of `COLOURS`.
+        count: number of objects, one of `COUNTS`.
+        place: one of `PLACES`.
+        mood: one of `MOODS`; None unless it is an animal.
+        seed: of everything else: jitter of the drawing, weather, and which captions and questions
+            are written.
     """
 
     kind: str
