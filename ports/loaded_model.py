@@ -24,7 +24,7 @@ from ports.models.port import Port, Sizes
 from ports.names import normal_name, site_name
 from ports.nn import attention
 from ports.nn.vision_language import Inputs, VisionLanguageModel
-from ports.parallel import compiled, sharding
+from ports.parallel import axis_types, compiled, sharding
 
 Array = jax.Array
 
@@ -50,7 +50,7 @@ class LoadedModel:
         mesh: jax.sharding.Mesh | None = None,
     ):
         self.module, self.params, self.config, self.directory = module, params, config, directory
-        self._port, self._mesh = port, mesh
+        self._port, self._mesh = port, axis_types.automatic(mesh)
         self._use(generation_config.read(directory))
 
     def __repr__(self) -> str:

@@ -72,7 +72,8 @@ def load(
             `xlvlm convert`), or a repository id on the Hub, which is downloaded to the Hub's cache.
         dtype: dtype of the parameters and the computation: "float32", "bfloat16" or "float16".
         mesh: mesh with axes "data" and "model" to shard the parameters over, tensor by tensor; it
-            may span the processes of `jax.distributed`. Default: one device.
+            may span the processes of `jax.distributed`. Axes of type `Explicit`, which
+            `jax.make_mesh` makes, are taken as `Auto`. Default: one device.
         adapter: a directory or Hub id of a LoRA adapter in PEFT's format, to merge into the
             parameters.
         processor: a directory or Hub id of a checkpoint whose processor and tokenizer to use;

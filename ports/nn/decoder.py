@@ -11,6 +11,7 @@ and whose slots come first; several continuations of one prompt can share it.
 
 import contextlib
 import contextvars
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -59,6 +60,20 @@ def recomputing(is_on: bool) -> Iterator[None]:
         yield
     finally:
         _recomputes.reset(token)
+
+
+def layer_kind(kind: Any, *static: str) -> Any:
+    """Returns a layer's class, or while `recomputing`, one that is computed again for gradients.
+
+    Args:
+        kind: the layer's Linen class.
+        *static: names of those arguments of `__call__` that are not arrays; they are passed by
+            position.
+    """
+    if not _recomputes.get():
+        return kind
+    names = list(inspect.signature(kind.__call__).parameters)  # "self" counts as argument 0
+    return nn.remat(kind, static_argnums=tuple(map(names.index, static)))
 
 
 def attend_through_cache(
@@ -294,9 +309,7 @@ class Decoder(nn.Module):
             dtype=self.dtype,
             scale=cfg.hidden_size**0.5 if cfg.scale_embeddings else None,
         )
-        kind: Any = DecoderLayer
-        if _recomputes.get():
-            kind = nn.remat(DecoderLayer, static_argnums=(5, 6))  # last_only and window
+        kind = layer_kind(DecoderLayer, "last_only", "window")
         self.layers = [kind(cfg, self.dtype) for _ in range(cfg.num_layers)]
         self.deepstack = [Injection() for _ in range(cfg.num_injections)]
         self.norm = _norm(cfg, self.dtype)

@@ -17,12 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ports.parallel.axis_types import AnyMesh, automatic, check_context
 
 Path = tuple[str, ...]
 # Module path -> number of key-value heads in the attention layers below it.
 KVHeads = Mapping[Path, int]
-AnyMesh = Mesh | AbstractMesh
 
 # Logical axis -> mesh axis. "batch" counts prompts, in a vision tower images.
 RULES = {
@@ -77,7 +78,7 @@ def make_mesh(
     return jax.make_mesh(
         (data, model),
         ("data", "model"),
-        axis_types=(jax.sharding.AxisType.Auto,) * 2,
+        axis_types=(AxisType.Auto,) * 2,
         devices=devices[: data * model],
     )
 
@@ -107,7 +108,7 @@ def parse_mesh(text: str) -> tuple[int, int]:
 
 def abstract_mesh(data: int, model: int) -> AbstractMesh:
     """Makes a mesh without devices, for computations with shapes only (see `make_mesh`)."""
-    return AbstractMesh((data, model), ("data", "model"))
+    return AbstractMesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
 
 def _fits(mesh: AnyMesh, axis: str | None, size: int) -> str | None:
@@ -191,6 +192,7 @@ def param_shardings(
     mesh: AnyMesh, params: dict, axes: Axes, kv_heads: KVHeads | None = None
 ) -> dict:
     """Returns a tree with the `param_sharding` of every leaf of a tree of (abstract) parameters."""
+    mesh = automatic(mesh)
     flat = traverse_util.flatten_dict(params)
     return traverse_util.unflatten_dict(
         {
@@ -271,6 +273,7 @@ def put_batch(arrays: Mapping[str, np.ndarray], mesh: Mesh | None) -> dict[str, 
     """Returns the inputs of a batch on the devices: rows on the mesh axis "data"."""
     if mesh is None:
         return {name: jnp.asarray(value) for name, value in arrays.items()}
+    check_context()
     return {name: put(value, batch_sharding(mesh, value.shape)) for name, value in arrays.items()}
 
 

@@ -20,6 +20,7 @@ from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
+from ports.parallel.axis_types import automatic
 from ports.programs import keep_programs
 from xlvlm_jax.concepts import autoencoders
 from xlvlm_jax.concepts.encoding import encode
@@ -142,7 +143,8 @@ def decompose(
         mesh: shards the rows of Z on its "data" axis; an iteration then communicates K D + K K + K
             numbers (kmeans 2 K D + 2 K; pca up to W D + 7 W W, W the next multiple of 32),
             whatever N is. The start of pca sends up to 1024 D for few concepts and 4 W D for many,
-            or the covariance, D D; beside directions of huge variance a last look sends 3 W D.
+            or the covariance, D D; beside directions of huge variance a last look sends 3 W D. Axes
+            of type `Explicit` are taken as `Auto`, and results lie on that mesh.
             If the axis does not divide N, rows that do not count pad it. With several hosts, Z is a
             global array that the axis divides.
         progress: called on every host with a `Standing` (num_concepts, iteration, max_iter,
@@ -179,6 +181,7 @@ def decompose(
         [[0.0, 1.5], [4.0, 0.0]]
     """
     keep_programs()
+    mesh = automatic(mesh)
     how = method_named(method)
     how.check_target(target is not None)
     options = how.options(options)
@@ -436,6 +439,7 @@ def memory_needed(
     Raises:
         ValueError: as for `decompose`.
     """
+    mesh = automatic(mesh)
     how = method_named(method)
     _check_activations(activations, how)
     _check_count(num_concepts, *shape, how)
@@ -655,6 +659,7 @@ def decompose_stored(
         0.0
     """
     keep_programs()
+    mesh = automatic(mesh)
     how = method_named(method)
     how.check_target(target is not None)
     if how.has_encoder:
@@ -789,6 +794,7 @@ def distances(Z: Any, concepts: Concepts) -> tuple[Int[Array, " N"], Float[Array
 
 def _project(Z: Any, concepts: Concepts, mesh: Mesh | None, first_row: int) -> Array:
     """Does `project` for rows numbered from `first_row`."""
+    mesh = automatic(mesh)
     if concepts.dictionary is not None:
         return encode(concepts.dictionary, Z, mesh, first_row)
     method = method_named(concepts.method)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Shaped
 from typing_extensions import TypeIs
 
@@ -207,6 +207,9 @@ def _aligned(shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
 def as_array(Z: Any, name: str, row: str) -> Array | np.ndarray:
     """Returns any array as a JAX or numpy array, in this machine's byte order.
 
+    A JAX array on a mesh with axes of type `Explicit` is returned on the same devices with axes of
+    type `Auto`, uncopied.
+
     Args:
         Z: the array, such as a torch tensor or a frame of pandas.
         name: its name in error messages.
@@ -216,7 +219,7 @@ def as_array(Z: Any, name: str, row: str) -> Array | np.ndarray:
         TypeError: it is not an array of numbers.
     """
     if isinstance(Z, jax.Array):
-        return Z
+        return _with_auto_axes(Z)
     module, hint, given = _module(Z), "", Z
     if Z is None or isinstance(Z, str | bytes | os.PathLike):
         hint = "load it first"
@@ -246,6 +249,17 @@ def as_array(Z: Any, name: str, row: str) -> Array | np.ndarray:
     raise TypeError(
         f"{name} must be an array of numbers with one row per {row}; got {kind}: {hint}"
     )
+
+
+def _with_auto_axes(array: Array) -> Array:
+    """Returns an array whose sharding is the compiler's to follow; see `as_array`."""
+    where = None if isinstance(array, Tracer) else array.sharding
+    if not isinstance(where, NamedSharding) or where.mesh.are_all_axes_auto:
+        return array
+    mesh = where.mesh.update(axis_types=(AxisType.Auto,) * len(where.mesh.axis_names))
+    where = NamedSharding(mesh, where.spec, memory_kind=where.memory_kind)
+    shards = [shard.data for shard in array.addressable_shards]
+    return jax.make_array_from_single_device_arrays(array.shape, where, shards)
 
 
 def _module(value: Any) -> str:

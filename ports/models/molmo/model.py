@@ -134,7 +134,8 @@ class Transformer(nn.Module):
     def setup(self):
         text = self.config.text
         self.wte = Embedding(self.config, self.dtype)
-        self.blocks = [Block(text, self.dtype) for _ in range(text.num_layers)]
+        kind = decoder.layer_kind(Block, "last_only")
+        self.blocks = [kind(text, self.dtype) for _ in range(text.num_layers)]
         self.ln_f = layers.RMSNorm(epsilon=text.norm_eps, dtype=self.dtype)
         self.ff_out = layers.head(text.vocab_size, self.dtype)
 
@@ -171,7 +172,7 @@ class Transformer(nn.Module):
         angles = rope.angles(text.rope, positions, text.head_dim)
         *first, last = self.blocks
         for block in first:
-            x = block(x, angles, mask, start)
+            x = block(x, angles, mask, start, False)
         return self.ln_f(last(x, angles, mask, start, last_only))
 
 

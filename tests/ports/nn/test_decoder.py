@@ -356,3 +356,18 @@ def test_what_is_not_implemented_is_refused(changes, parts):
 def test_another_decoder_is_refused_with_those_that_are_known():
     with helpers.raises_line(ValueError, "model_type is 'gemma'", "'llama' or 'mistral'"):
         decoder.DecoderConfig.from_hf(DECODERS["gemma"], False, "llama", "mistral")
+
+
+@pytest.mark.parametrize("name", ["llava", "idefics2", "qwen2_vl", "molmo"])
+def test_every_layer_of_each_port_is_computed_again(vlms, name):
+    vlm = vlms[name]
+
+    def counted(is_on):
+        def states(params, inputs):
+            with decoder.recomputing(is_on):
+                return vlm.module.apply({"params": params}, inputs, method="states")
+
+        equations = jax.make_jaxpr(states)(vlm.params, dict(vlm.example_inputs())).eqns
+        return sum("remat" in equation.primitive.name for equation in equations)
+
+    assert counted(True) == vlm.module.config.text.num_layers and counted(False) == 0

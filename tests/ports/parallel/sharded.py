@@ -2,8 +2,9 @@
 
     python sharded.py DIRECTORY INPUTS RESULTS JSON
 
-with {"steered": site, "sites": [...], "meshes": ["8x1", ...]}. Writes RESULTS/<mesh>.npz for these
-meshes, and RESULTS/1.npz without a mesh.
+with {"steered": site, "sites": [...], "meshes": ["8x1", "explicit 2x4", ...]}. Writes
+RESULTS/<mesh>.npz for these meshes, and RESULTS/1.npz without a mesh. Axes of an explicit mesh have
+the type that `jax.make_mesh` gives them.
 """
 
 import json
@@ -47,12 +48,21 @@ def held(vlm: ports.VLM) -> int:
     return sum(s.data.nbytes for s in shards if s.device == jax.devices()[-1])
 
 
+def mesh_of(name: str) -> jax.sharding.Mesh:
+    """Returns the mesh of this name."""
+    if not name.startswith("explicit"):
+        return ports.make_mesh(*ports.parse_mesh(name))
+    mesh = jax.make_mesh(ports.parse_mesh(name.split()[1]), ("data", "model"))
+    assert mesh.explicit_axes == ("data", "model")
+    return mesh
+
+
 def main() -> None:
     """Writes the results as described above."""
     directory, inputs, results, what = sys.argv[1:]
     inputs, what = dict(np.load(inputs)), json.loads(what)
     for name in (None, *what.pop("meshes")):
-        mesh = None if name is None else ports.make_mesh(*ports.parse_mesh(name))
+        mesh = None if name is None else mesh_of(name)
         vlm = ports.load(directory, mesh=mesh)
         out = run(vlm, inputs, **what)
         if mesh is not None:

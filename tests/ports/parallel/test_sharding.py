@@ -21,6 +21,7 @@ from ports.models import idefics2, llava
 from ports.models.molmo import model as molmo
 from ports.models.qwen2_vl import model as qwen2_vl
 from ports.parallel import sharding
+from ports.parallel.axis_types import automatic
 
 from .. import helpers, idefics2_helpers, molmo_helpers, qwen2_vl_helpers
 
@@ -149,6 +150,45 @@ def test_more_devices_than_there_are():
         ports.make_mesh(2, count)
     with helpers.raises_line(ValueError, "mesh of 0 x 1 devices; expected at least 1 x 1"):
         ports.make_mesh(0)
+
+
+def explicit_mesh():
+    """Returns what `jax.make_mesh` makes unless it is told of other types."""
+    mesh = jax.make_mesh((1, 1), ("data", "model"))
+    assert mesh.explicit_axes == ("data", "model")
+    return mesh
+
+
+def test_axes_of_other_types_become_automatic():
+    mesh = explicit_mesh()
+    found = automatic(mesh)
+    assert found == ports.make_mesh(1) and list(found.devices.flat) == list(mesh.devices.flat)
+    assert automatic(found) is found and automatic(None) is None
+    assert automatic(mesh.abstract_mesh).are_all_axes_auto
+    assert sharding.abstract_mesh(2, 4).are_all_axes_auto
+
+
+def test_a_model_on_a_mesh_with_explicit_axes(small):
+    inputs = helpers.make_inputs([1, 1], [3, 5])
+    found = []
+    for mesh in (ports.make_mesh(1), explicit_mesh()):
+        vlm = ports.load(small.directory, mesh=mesh)
+        assert vlm.mesh.are_all_axes_auto
+        assert ports.load_abstract(small.directory, mesh=mesh).mesh == vlm.mesh
+        site = f"{vlm.decoder}.layers.0"
+        forward = vlm.forward(inputs, sites=site)
+        tokens = vlm.generate(inputs, max_new_tokens=2, edits={site: ports.ablate(np.ones(60))})
+        found.append((forward.logits, forward.states[site], tokens.tokens))
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    # What else runs while such a mesh is set, JAX refuses in the middle of a program.
+    line = "jax.set_mesh has set a mesh with axes of type Explicit (data, model), under which"
+    with jax.set_mesh(explicit_mesh()):
+        with helpers.raises_line(ValueError, line, "or set a mesh with axes of type Auto"):
+            vlm.forward(inputs)
+        with helpers.raises_line(ValueError, line):
+            ports.load(small.directory, mesh=explicit_mesh())
+    with jax.set_mesh(ports.make_mesh(1)):
+        np.testing.assert_array_equal(vlm.forward(inputs).logits, found[0][0])
 
 
 class TestConstrain:
@@ -286,7 +326,7 @@ PORTS = {
     "qwen2-vl": (make_qwen2_vl, "layers.0"),
     "molmo": (make_molmo, "blocks.0"),
 }
-MESHES = ("8x1", "2x4", "1x8")
+MESHES = ("8x1", "2x4", "1x8", "explicit 2x4")
 
 
 class Runs:
@@ -331,6 +371,14 @@ class TestEightDevices:
         for name in ("plain tokens", "steered tokens"):
             np.testing.assert_array_equal(ours[name], one[name])
         assert (ours["steered tokens"] != ours["plain tokens"])[1:].any(1).sum() >= 5
+
+
+@pytest.mark.slow
+def test_types_of_axes_change_no_bit(runs):
+    auto, explicit = runs.results["2x4"], runs.results["explicit 2x4"]
+    assert set(auto) == set(explicit)
+    for name in auto:
+        np.testing.assert_array_equal(explicit[name], auto[name], err_msg=name)
 
 
 MORE = """

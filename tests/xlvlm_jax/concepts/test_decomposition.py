@@ -591,10 +591,12 @@ def test_weights_of_a_method_without_them():
 SHARDED = """
 import jax, numpy as np
 from xlvlm_jax.concepts.methods import METHODS
-from xlvlm_jax.concepts.decomposition import decompose, project
+from xlvlm_jax.concepts.decomposition import decompose, memory_needed, project
 
 assert len(jax.devices()) == 8
 mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+explicit = jax.make_mesh((8,), ("data",))  # as JAX makes it, unless it is told of types
+assert explicit.explicit_axes == ("data",)
 rng = np.random.default_rng(0)
 codes = 10 * rng.exponential(size=(61, 3)) * (rng.random((61, 3)) < 0.5)  # 8 does not divide 61
 Z = (codes @ rng.normal(size=(3, 10)) + 0.1 * rng.normal(size=(61, 10))).astype(np.float32)
@@ -602,13 +604,18 @@ for method in METHODS:
     # As many updates on both: where they end, equal objectives leave atoms 1e-4 apart.
     options = {"n_init": 2, "tol": 0, "max_iter": 15} if method == "snmf" else {}
     one = decompose(Z, 3, method, key=jax.random.key(1), **options)
-    eight = decompose(Z, 3, method, key=jax.random.key(1), mesh=mesh, **options)
+    eight, other = (
+        decompose(Z, 3, method, key=jax.random.key(1), mesh=on, **options)
+        for on in (mesh, explicit)
+    )
+    assert other.activations.sharding == eight.activations.sharding
+    jax.tree.map(np.testing.assert_array_equal, other, eight)
     assert eight.activations.shape == one.activations.shape == (61, 3)
     np.testing.assert_allclose(eight.objective, one.objective, rtol=1e-5)
     for name in ("components", "activations"):
         a, b = (np.asarray(getattr(c, name)) for c in (eight, one))
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), err_msg=method + name)
-    a, b = np.asarray(project(Z, one, mesh=mesh)), np.asarray(project(Z, one))
+    a, b = np.asarray(project(Z, one, mesh=explicit)), np.asarray(project(Z, one))
     np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), err_msg=method)
 # Many components, block by block, with progress.
 wide = rng.normal(size=(645, 300)).astype(np.float32)
@@ -632,6 +639,17 @@ np.testing.assert_allclose(eight.components, one.components, atol=1e-4)
 one = decompose(Z, 3, key=jax.random.key(1))
 eight = decompose(Z, 3, key=jax.random.key(1), mesh=mesh)
 np.testing.assert_allclose(eight.objective, one.objective, rtol=1e-5)
+# A matrix that lies along axes of type Explicit; without `mesh` too.
+spread, same = (
+    jax.device_put(Z[:56], jax.sharding.NamedSharding(on, jax.sharding.PartitionSpec("data")))
+    for on in (explicit, mesh)
+)
+for more in ({}, {"mesh": explicit}):
+    found = decompose(spread, 3, "simple", key=jax.random.key(1), **more)
+    expected = decompose(same, 3, "simple", key=jax.random.key(1), **more)
+    np.testing.assert_array_equal(found.components, expected.components)
+    np.testing.assert_array_equal(project(spread, found, **more), project(same, found, **more))
+assert memory_needed((61, 10), 3, mesh=explicit) == memory_needed((61, 10), 3, mesh=mesh)
 print("equal")
 """
 

@@ -133,6 +133,33 @@ def test_layers_computed_again_give_the_same_update(vlm, batches):
     assert not SETTINGS.recomputes
 
 
+def test_blocks_of_molmo_computed_again_give_the_same_gradient(tmp_path):
+    molmo_helpers.make_checkpoint(tmp_path, molmo_helpers.CONFIG)
+    vlm = ports.load(tmp_path)
+    inputs = vlm.place(molmo_helpers.make_inputs(molmo_helpers.CONFIG, [0, 0], [5, 5]))
+    adapter, _ = initial_adapter(vlm, SETTINGS)
+    random = np.random.default_rng(0)
+    # Where the second factor is zero, the first has no gradient.
+    factors = jax.tree.map(
+        lambda x: jnp.array(0.1 * random.standard_normal(x.shape, np.float32)), adapter.factors
+    )
+
+    def gradient(recompute):
+        def loss(factors):
+            frozen, lengths = (vlm.params, adapter.scale), jnp.array([3, 2])
+            return training._loss_of(vlm.module, 3, factors, frozen, inputs, lengths, recompute)[0]
+
+        program = jax.jit(jax.value_and_grad(loss))
+        kept = "remat" in str(program.trace(factors).jaxpr)
+        return kept, *program(factors)
+
+    (plain, loss, expected), (again, other, found) = map(gradient, (False, True))
+    assert (plain, again) == (False, True) and float(loss) == pytest.approx(float(other), rel=1e-6)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert np.abs(b).max() > 0
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+
+
 def test_training_learns_and_leaves_the_model_alone(vlm, batches):
     before = jax.tree.map(np.asarray, vlm.params)
     trainer = Trainer(vlm, SETTINGS, 5)
