@@ -192,6 +192,12 @@ def load_abstract(
 def hub_names(name: str) -> tuple[str, ...]:
     """Returns the Hub name that each port gives to a module named as in today's transformers.
 
+    Args:
+        name: of a module, as `named_modules` of transformers' model gives it.
+
+    Returns:
+        A name per port, many of them equal; `name` itself where a port does not rename it.
+
     Examples:
         >>> import ports
         >>> ports.hub_names("model.language_model.layers.3")[0]

@@ -84,7 +84,14 @@ def filled(rows: Sequence[Sequence[int]]) -> Int[np.ndarray, "K P"]:
 
 
 def own_tokens(known: Vocabulary) -> Int[np.ndarray, "K R"]:
-    """Returns the tokens of all words of each concept, NONE after the last."""
+    """Returns the tokens of all words of each concept.
+
+    Args:
+        known: the words, from `vocabulary_of`.
+
+    Returns:
+        int[K, R], ids; `NONE` after the last.
+    """
     spelt = [[token for token in row if token != NONE] for row in known.tokens.tolist()]
     return filled([[token for i in own for token in spelt[i]] for own in known.own])
 

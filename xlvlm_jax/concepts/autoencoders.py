@@ -66,7 +66,7 @@ def decompose(
         target: for transcoders and crosscoders, like Z: the rows of the other site or model.
 
     Returns:
-        The concepts; source has "explained variance", "L0" and "dead share" of all rows.
+        The concepts; source has "explained_variance", "l0" and "dead_share" of all rows.
         Components of a transcoder are of `target`, those of a crosscoder of Z.
 
     Raises:

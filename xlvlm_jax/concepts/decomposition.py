@@ -93,7 +93,7 @@ def decompose(
     """Factors Z[N, D] into K = num_concepts concepts.
 
     Methods, and their options with defaults:
-        "snmf" (or "nndl"): min 1/2 |Z - U V|_F^2 + alpha |U|_1, U >= 0, |V_k|_2 = 1. alpha=1.0,
+        "snmf" (or "nndl"): min 1/2 |Z - U V|_F^2 + alpha |U|_1, U >= 0, |V_k|_2 <= 1. alpha=1.0,
             relative_alpha=False (True: alpha in units of the rows' root mean square norm),
             nonnegative=True (False: codes of any sign), tol=1e-6, max_iter=1000, n_init=None starts
             (8 up to 64 concepts, 2 above), init=None (or atoms [K, D] to start from).
@@ -168,9 +168,11 @@ def decompose(
     Raises:
         ValueError: Z is not a matrix of finite real numbers (the first bad row is named), K does
             not fit, the method or an option is unknown, an option is invalid, weights are negative,
-            all zero or not for kmeans, activations are left out of another method, the mesh has no
-            "data" axis, the rows of a source do not match its shape, or the objective exceeds
-            float32.
+            all zero or not for kmeans, activations are left out of another method, `init` has
+            another shape, `target` is missing or not for the method, `checkpoint` is given for
+            another method or several K, Z is traced and the method is trained in batches, the mesh
+            has no "data" axis, the rows of a source do not match its shape, or the objective
+            exceeds float32.
         TypeError: Z is not an array of numbers.
 
     Examples:

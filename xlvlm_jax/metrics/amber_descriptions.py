@@ -216,6 +216,12 @@ def _forms(words: frozenset[str]) -> dict[str, str]:
 def nltk_nouns(text: str) -> list[str]:
     """Returns the nouns of a text as the official script finds them, by nltk.
 
+    Args:
+        text: a description.
+
+    Returns:
+        A noun per mention, in the order of the text, as nltk lemmatises it.
+
     Raises:
         ModuleNotFoundError: nltk is not installed.
         ValueError: its data are not.

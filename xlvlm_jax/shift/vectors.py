@@ -33,7 +33,11 @@ TRIMMED = 0.1  # share that "trimmed_mean" cuts off at each end, as in scipy.sta
 
 
 def assign(activations: Float[Array, "N K"]) -> Int[Array, " N"]:
-    """Returns int32[N], the most activated concept of each sample. Works under jit and vmap."""
+    """Returns int32[N], the most activated concept of each sample. Works under jit and vmap.
+
+    Args:
+        activations: float[N, K]; of equal ones the first counts.
+    """
     return jnp.argmax(jnp.asarray(activations), axis=1).astype(jnp.int32)
 
 
@@ -72,6 +76,9 @@ def normalised(shifts: Float[Array, "K D"]) -> Float[Array, "K D"]:
 
     Args:
         shifts: float[K, D]; NaN for a concept without a shift, which does not count. Zeros stay.
+
+    Returns:
+        float32[K, D], of Frobenius norm 1 without the rows of NaN.
     """
     shifts = jnp.asarray(shifts)
     return shifts / _nonzero(_norms(jnp.where(jnp.isnan(shifts), 0, shifts).reshape(1, -1)))
