@@ -43,15 +43,20 @@ def cut_tail(
         model: the Linen module; not a prefix-LM, whose earlier positions see the last ones.
         params: its parameters.
         inputs: the processor's arrays, rows padded on the left to T.
-        count: n; every row has more tokens than this.
+        count: n, less than T.
         begin: a layer of the decoder, none of whose predecessors is edited: later runs start from
             its states. None to start from the embeddings.
 
     Returns:
         What `run_tail` takes.
+
+    Raises:
+        ValueError: n is not in 1..T - 1.
     """
     real = vision_language.attention_mask(inputs) != 0
     batch, length = real.shape
+    if not 1 <= count < length:
+        raise ValueError(f"the tail has {count} positions of {length}; expected 1 to {length - 1}")
     first = length - count
     apply = capture(model.apply, () if begin is None else (begin,))
     variables = {"params": params, "cache": model.init_cache(batch, length)}

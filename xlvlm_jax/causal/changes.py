@@ -37,7 +37,7 @@ from xlvlm_jax.steering.teacher_forcing import begin_site, position_kinds
 
 Array = jax.Array
 # Numbers of logits that the edits which run side by side may have. On CPU, they should stay in its
-# cache; an accelerator needs many to be busy.
+# cache; an accelerator needs many to be busy, and no other array of theirs may have more numbers.
 LOGITS, ACCELERATOR_LOGITS = 2**20, 2**28
 
 
@@ -174,8 +174,8 @@ def prepare(
         site: a site of the decoder whose states are edited.
         answer_lengths: how many of each row's last tokens are its answer; None for prompts alone,
             where the last position predicts.
-        count: n - 1, at least the longest answer; None for the longest one. Batches with the same
-            number share a program.
+        count: n - 1, at least the longest answer; None for the longest one. Batches of one length
+            with the same number share a program. Of a shorter batch, all but one position count.
         where: the positions to edit, as for `ports.add`. "predicting": those that predict the
             answer.
 
@@ -200,7 +200,10 @@ def prepare(
     kinds = position_kinds(vlm, prepared, lengths)
     answers = kinds == GENERATED
     length = kinds.shape[1]
-    n = 1 + (int(lengths.max()) if count is None else count)
+    n = min(1 + int(lengths.max()), length)
+    if count is not None:
+        # The longest answer of all batches may be longer than this one is.
+        n = max(n, min(1 + count, length - 1))
     predicts = np.pad(answers[:, 1:], ((0, 0), (0, 1)))
     if answer_lengths is None:
         predicts = kinds == LAST_PROMPT
@@ -215,7 +218,7 @@ def prepare(
         raise ValueError(f"where={where!r} selects no position of the batch; choose others")
     placed = vlm.place(inputs) | {"position_kinds": jnp.asarray(kinds)}
     # The tail's positions see the prompt's cache; a prefix-LM's prompt sees its own end.
-    tail = not mask[:, : length - n].any() and not vlm.module.prefix_lm
+    tail = n < length and not mask[:, : length - n].any() and not vlm.module.prefix_lm
     return Questions(
         vlm=vlm,
         site=site,
@@ -286,7 +289,8 @@ def _measures(asked: _Arrays, logp: Array, words: Array) -> _Measures:
     spelt = logp.at[..., _beyond(words, logp)].get(mode="fill", fill_value=-jnp.inf)
     each = jax.nn.logsumexp(spelt, axis=-1)  # [B, n, W]
     total = jnp.maximum(asked.weights.sum(1), 1)
-    mean = jnp.einsum("bn,bnw->bw", asked.weights, each) / total[:, None]
+    # Not as a product of matrices: a model in bfloat16 would round the log-probabilities to it.
+    mean = (asked.weights[..., None] * each).sum(1) / total[:, None]
     answer = jnp.full(len(logp), jnp.nan)
     if asked.targets is not None:
         said = jnp.take_along_axis(logp, asked.targets[..., None], axis=-1)[..., 0]
@@ -414,8 +418,16 @@ def _check_width(asked: Questions, edits: ConceptEdits) -> None:
 
 
 def _at_once(asked: Questions) -> int:
-    limit = LOGITS if jax.default_backend() == "cpu" else ACCELERATOR_LOGITS
-    return max(1, limit // (asked.weights.size * asked.vlm.sizes.text.vocab_size))
+    """Returns how many edits run side by side: as many as keep their largest array small."""
+    config = asked.vlm.sizes.text
+    logits = asked.weights.size * config.vocab_size
+    if jax.default_backend() == "cpu":
+        return max(1, LOGITS // logits)
+    B, positions = asked.mask.shape
+    seen = asked.inputs["input_ids"].shape[1]
+    # Without a tail, whole sequences run for each edit, and these outgrow the logits of a few.
+    widest = max(config.intermediate_size, config.num_heads * seen)
+    return max(1, ACCELERATOR_LOGITS // max(logits, B * positions * widest))
 
 
 @compiled.program(static=["site", "size"])
@@ -457,6 +469,7 @@ def slopes(
     own_words: Int[Any, "K P"],
     *,
     steps: int = 1,
+    at_once: int | None = None,
 ) -> Slopes:
     """Estimates the effect of removing each concept's component from gradients.
 
@@ -471,6 +484,7 @@ def slopes(
         words: token ids of the spellings of each word; `Vocabulary.tokens`.
         own_words: which of the words are each concept's own, -1 after the last.
         steps: number of gradients per concept; 1 for the derivative where nothing is removed.
+        at_once: number of gradients that run side by side; None chooses by backend and size.
 
     Returns:
         Estimated changes by each concept's removal.
@@ -496,7 +510,7 @@ def slopes(
         asked.vlm.module,
         asked.site,
         # A pass backwards keeps what every layer computed.
-        max(1, _at_once(asked) // 4),
+        at_once or max(1, _at_once(asked) // 4),
         asked.vlm.params,
         _arrays(asked),
         jnp.asarray(words),
@@ -505,7 +519,7 @@ def slopes(
         mesh=asked.vlm.mesh,
     )
     return jax.tree.map(
-        lambda x: jnp.einsum("ksb,s->kb", x.reshape(K, steps, -1), jnp.float32(weights)), found
+        lambda x: (x.reshape(K, steps, -1) * jnp.float32(weights)[:, None]).sum(1), found
     )
 
 

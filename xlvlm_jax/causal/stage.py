@@ -33,7 +33,7 @@ from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.concepts.removal import concept_directions
 from xlvlm_jax.data.answers import answered
 from xlvlm_jax.data.sample import Sample
-from xlvlm_jax.steering.teacher_forcing import batches, require_some
+from xlvlm_jax.steering.teacher_forcing import batches, require_one_each, require_some
 from xlvlm_jax.storage.same_model import model_of, require_model
 
 Progress = Callable[[int, int], None]
@@ -112,6 +112,7 @@ def measure_concepts(
     errors: dict[str, str] | None = None,
     progress: Progress | None = None,
     numbers: Sequence[int] | None = None,
+    at_once: int | None = None,
 ) -> Measured:
     """Adds and removes every concept while the model answers, and measures what changes.
 
@@ -134,27 +135,39 @@ def measure_concepts(
         strict: stop at a sample that can't be read or processed, instead of skipping it.
         errors: receives {skipped sample: why}.
         progress: called after each batch with (samples done, number of samples).
-        numbers: the concepts to edit, which are the K of the result; None for all.
+        numbers: the concepts to edit, which are the K of the result; None for all. The words of the
+            others are measured too: their own are compared with those.
+        at_once: number of edits, and of gradients, that run side by side; None chooses by backend
+            and size.
 
     Returns:
         The changes.
 
     Raises:
-        ValueError: as for `require_concepts_of`, `concept_edits` and `prepare`, or no sample can be
+        ValueError: as for `require_concepts_of`, `concept_edits` and `prepare`, the numbers of
+            answers and samples differ, there are no words to compare with, or no sample can be
             processed.
     """
     site = require_concepts_of(concepts, vlm, site)
     if mean is not None:
         concepts.require_one_site("a loss by reconstructed states")
     chosen = list(range(len(concepts.components)) if numbers is None else numbers)
-    words = [(concepts.words or ())[k] for k in chosen]
-    known = vocabulary_of(words, vlm.tokenizer, vlm.sizes.text.vocab_size)
+    every = list(concepts.words or ())
+    own_lists = [every[k] for k in chosen]
+    known = vocabulary_of(own_lists, vlm.tokenizer, vlm.sizes.text.vocab_size, others=every)
+    if all(len(set(own)) == len(known.words) for own in known.own if own):
+        raise ValueError(
+            "the concepts have no other words to compare with; ground more concepts, or with more "
+            "words each"
+        )
     vectors = concept_directions(concepts)[chosen]
     edits = concept_edits(vectors, add, ablate)
     K, S = len(vectors), len(add) + len(ablate)
     weights = signs(add, ablate) / S
     own_ids, own = own_tokens(known), filled(known.own)
     counts = np.maximum((own != NONE).sum(1), 1)[:, None]
+    if answers is not None:
+        require_one_each(answers, samples)
     count = None if answers is None else _longest(vlm, samples, answers)
     refused: dict[str, str] = {} if errors is None else errors
     kept: list[int] = []
@@ -169,7 +182,7 @@ def measure_concepts(
         (inputs,) = batch.inputs
         lengths = None if answers is None else batch.answer_lengths
         asked = prepare(vlm, inputs, site, answer_lengths=lengths, count=count, where=where)
-        found, plain = effects(asked, edits, known.tokens, own_ids)
+        found, plain = effects(asked, edits, known.tokens, own_ids, at_once=at_once)
         moved = np.asarray(found.words).reshape(K, S, *plain.shape)
         said, rest = (np.asarray(x).reshape(K, S, -1) for x in (found.answer, found.rest))
         part = {
@@ -183,8 +196,9 @@ def measure_concepts(
             spelt = np.where(own[:, None] == NONE, 0, np.take_along_axis(removed, own[:, None], 2))
             part |= {"own": spelt.sum(2) / counts, "answer": said[:, len(add) + most]}
             # A gradient estimates the removal of the whole component.
+            given = (asked, vectors, known.tokens, own)
             for name, number in (("first_order", 1), ("integrated", steps)):
-                estimate = slopes(asked, vectors, known.tokens, own, steps=number).words
+                estimate = slopes(*given, steps=number, at_once=at_once).words
                 part[name] = ablate[most] * np.asarray(estimate)
         if answers is not None and mean is not None:
             part |= {f"loss {name}": x for name, x in spliced_losses(asked, remade, mean).items()}

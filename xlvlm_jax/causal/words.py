@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 NONE = -1  # fills rows of tokens and words that are shorter than others
+MOST_OTHERS = 4096  # words of concepts that are not scored, to compare with
 
 
 class Vocabulary(NamedTuple):
@@ -28,7 +29,13 @@ class Vocabulary(NamedTuple):
     unknown: list[str]
 
 
-def vocabulary_of(words: Sequence[Sequence[str]], tokenizer: Any, size: int) -> Vocabulary:
+def vocabulary_of(
+    words: Sequence[Sequence[str]],
+    tokenizer: Any,
+    size: int,
+    *,
+    others: Sequence[Sequence[str]] = (),
+) -> Vocabulary:
     """Finds the tokens that spell the words of concepts, as grounding reads tokens.
 
     A token spells a word if its text is the word once white space is stripped and letters are
@@ -39,9 +46,11 @@ def vocabulary_of(words: Sequence[Sequence[str]], tokenizer: Any, size: int) -> 
         words: for each of K concepts its words; a concept may have none.
         tokenizer: a Hugging Face tokenizer.
         size: V, the number of ids to look at.
+        others: words of further concepts, which only others are compared with; of more than 4,096
+            that have a token, as many, spread evenly.
 
     Returns:
-        The words that have a token, in the order in which they occur.
+        The words that have a token, in the order in which they occur, those of `others` last.
 
     Raises:
         ValueError: no concept has a word that is a token.
@@ -55,7 +64,8 @@ def vocabulary_of(words: Sequence[Sequence[str]], tokenizer: Any, size: int) -> 
         (['dog', 'pup'], [[0, 1], [0]], ['qqq'])
     """
     wanted = dict.fromkeys(word for each in words for word in each)
-    spelt: dict[str, list[int]] = {word: [] for word in wanted}
+    further = [w for w in dict.fromkeys(w for each in others for w in each) if w not in wanted]
+    spelt: dict[str, list[int]] = {word: [] for word in (*wanted, *further)}
     for token in range(size if wanted else 0):
         text = tokenizer.decode([token]).lower().strip()
         if text in spelt:
@@ -66,6 +76,10 @@ def vocabulary_of(words: Sequence[Sequence[str]], tokenizer: Any, size: int) -> 
             "none of the concepts has a word that is a token of the model; ground them first "
             "(xlvlm ground), with this model"
         )
+    further = [word for word in further if spelt[word]]
+    if len(further) > MOST_OTHERS:
+        further = [further[i * len(further) // MOST_OTHERS] for i in range(MOST_OTHERS)]
+    known += further
     index = {word: i for i, word in enumerate(known)}
     return Vocabulary(
         words=known,

@@ -106,7 +106,7 @@ def causal(
     site = stage.require_concepts_of(learnt, vlm, site)
     mean = None
     if site in opened.sites and not method_named(learnt.method).takes_target:
-        mean = opened.matrix(site).mean(axis=0)
+        mean = opened.mean(site)
     numbers = concept or None
     if numbers is None and num_concepts < K:
         numbers = most_active(learnt, num_concepts)

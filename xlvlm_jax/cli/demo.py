@@ -28,6 +28,11 @@ def demo(
     refuse_existing(output / "run.json", overwrite)  # written last: without it, a run resumes
     with progress_bars() as progress:
         result = pipeline.run(
-            output, word=word, num_concepts=num_concepts, seed=seed, stage=bars(progress)
+            output,
+            word=word,
+            num_concepts=num_concepts,
+            seed=seed,
+            overwrite=overwrite,
+            stage=bars(progress),
         )
     summary.show(result, console)

@@ -60,10 +60,15 @@ def parse_entry(text: str) -> Entry:
         >>> parse_entry("nndl").method
         'snmf'
     """
-    name, given, paths = text.rpartition("=")
-    found = tuple(Path(path) for path in paths.split(",") if path)
-    if not given and text in (*LEARNT, *ALIASES):
+    if text in (*LEARNT, *ALIASES):
         return Entry(text, method=ALIASES.get(text, text))
+    # Paths may hold "=" too, as those of runs/lr=1e-3 do.
+    name, found = "", _paths(text)
+    before, given, after = text.partition("=")
+    if given and not all(path.exists() for path in found):
+        named = _paths(after)
+        if "/" not in before or all(path.exists() for path in named):
+            name, found = before, named
     missing = [path for path in found if not path.exists()]
     if missing or not found:
         what = f"there is no file or directory {missing[0]}" if missing else "there is no path"
@@ -78,6 +83,10 @@ def parse_entry(text: str) -> Entry:
             f"{name!r} names a dictionary and its directory; expected a name without slashes"
         )
     return Entry(name, found)
+
+
+def _paths(text: str) -> tuple[Path, ...]:
+    return tuple(Path(path) for path in text.split(",") if path)
 
 
 def learn(
@@ -156,7 +165,7 @@ def read(path: Path, encode_as: str = "snmf") -> Concepts:
     if path.suffix == ".npy":
         try:
             components = np.load(path, allow_pickle=False)
-        except ValueError as error:
+        except (ValueError, EOFError) as error:
             raise ValueError(f"{path} is not a matrix of numbers ({error})") from None
         return _of_components(path, {"components": components}, encode_as)
     if path.suffix == ".safetensors":

@@ -5,15 +5,16 @@ from, E width of the embedding.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from PIL import Image
 
-from ports import VLM
+from ports import VLM, checkpoint
 from ports.inputs.patch_layout import PatchLayout
 from ports.models.clip import DualEncoder
 from xlvlm_jax.data import prompts, scenes
@@ -21,7 +22,7 @@ from xlvlm_jax.data.answers import answered
 from xlvlm_jax.data.scenes.scene import SPLITS, Split
 from xlvlm_jax.metrics import embed_images
 from xlvlm_jax.storage import atomic, versions
-from xlvlm_jax.storage.same_model import model_of, with_adapter_of
+from xlvlm_jax.storage.same_model import ADAPTER, model_of
 from xlvlm_jax.storage.tensors import as_bytes
 
 Progress = Callable[[int, int], None]
@@ -29,6 +30,7 @@ BATCH = 50  # pictures that run together
 LEARNT_CELLS = 16  # image tokens per picture that are learnt from
 COUNTS = (500, 200, 200)  # pictures to learn from, to fit probes to, and to test on
 FILE = "pictures.safetensors"
+BUNDLED_CLIP = "d7cbc389e2c8933d"  # fingerprint of the CLIP that ships with the package
 
 
 class Pictures(NamedTuple):
@@ -78,6 +80,38 @@ class KnownPictures(NamedTuple):
     embeddings: Float[np.ndarray, "N E"]
 
 
+def made_with(vlm: VLM, clip: DualEncoder | None = None) -> dict[str, Any]:
+    """Returns what states, and embeddings of pictures, depend on, as JSON values.
+
+    What all runs of earlier releases had, and did not name, is left out: float32, and the CLIP that
+    ships with the package.
+
+    Args:
+        vlm: the model whose states are kept.
+        clip: the model of the embeddings; None where none are kept.
+    """
+    described: dict[str, Any] = dict(model_of(vlm))
+    if vlm.dtype.name != "float32":
+        described["dtype"] = vlm.dtype.name
+    if clip is not None:
+        digest = checkpoint.fingerprint(clip.directory)
+        kind = jnp.dtype(clip.module.dtype).name
+        if (digest, kind) != (BUNDLED_CLIP, "float32"):
+            described |= {"clip": digest, "clip dtype": kind}
+    return described
+
+
+def is_of(known: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
+    """Returns whether a record of something kept is of what is asked for.
+
+    Args:
+        known: with the entries of `made_with` from when it was made; earlier releases named no
+            adapter, and had none.
+        asked: the same now.
+    """
+    return {"adapter": None, ADAPTER: None, **known} == asked
+
+
 class Captioned(NamedTuple):
     """A batch of pictures, each with its prompt and a caption."""
 
@@ -119,6 +153,27 @@ def caption_batch(vlm: VLM, drawn: Sequence[scenes.Scene], images: Sequence[Any]
     return Captioned(inputs, lengths, layouts, predicts)
 
 
+def cells_of(layouts: Sequence[PatchLayout]) -> Int[np.ndarray, " C"]:
+    """Returns the numbers of the cells, row by row, that have a state and show part of the picture.
+
+    Args:
+        layouts: of pictures of one size.
+
+    Raises:
+        ValueError: they are not the same cells in all pictures.
+    """
+    parts = []
+    for layout in layouts:
+        sides = np.ptp(layout.boxes.reshape(-1, 2, 2), axis=1)
+        parts.append((layout.positions.reshape(-1) >= 0) & (sides > 0).all(axis=1))
+    if not all(np.array_equal(part, parts[0]) for part in parts):
+        raise ValueError(
+            "pictures of one size have states of different cells, which the benchmark does not "
+            "compare; use a model whose image tokens are the same for all"
+        )
+    return np.flatnonzero(parts[0])
+
+
 def draw_and_run(
     vlm: VLM,
     site: str,
@@ -154,10 +209,11 @@ def draw_and_run(
         rows, columns = np.nonzero(batch.predicts)
         parts["said"].append(states[rows, columns])
         parts["picture"].append(rows + start)
+        cells = cells_of(batch.layouts)
         for n, (layout, shown) in enumerate(zip(batch.layouts, masks, strict=True)):
-            parts["cells"].append(states[n, layout.positions.reshape(-1)][None])
+            parts["cells"].append(states[n, layout.positions.reshape(-1)[cells]][None])
             for name, values in _overlaps(layout, shown).items():
-                parts[name].append(values[None])
+                parts[name].append(values[cells][None])
         if progress is not None:
             progress(start + len(some), count)
     found = {name: np.concatenate(values) for name, values in parts.items()}
@@ -258,7 +314,7 @@ def load_or_make(
 
     path, site = directory / FILE, vlm.find_site(site)
     asked = {"version": versions.VERSION, "site": site, "seed": seed, "pictures": list(counts)}
-    asked |= {"learnt cells": LEARNT_CELLS, **model_of(vlm)}
+    asked |= {"learnt cells": LEARNT_CELLS, **made_with(vlm, clip)}
     if path.is_file():
         try:
             with safe_open(path, "numpy") as file:
@@ -267,7 +323,7 @@ def load_or_make(
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}); remove it") from None
         versions.require(path, known, "remove it")
-        if with_adapter_of(known, asked) == asked:
+        if is_of(known, asked):
             fit, test = (
                 Pictures(
                     [scenes.attributes(each) for each in _scenes(split, count, seed)],

@@ -22,7 +22,12 @@ from xlvlm_jax.causal.changes import Questions, concept_edits, effects, prepare,
 from xlvlm_jax.causal.scores import causal_scores, loss_recovered, signs
 from xlvlm_jax.causal.words import Vocabulary, filled, own_tokens, vocabulary_of
 from xlvlm_jax.concept_benchmark.dictionaries import remade
-from xlvlm_jax.concept_benchmark.known_pictures import KnownPictures, Pictures, caption_batch
+from xlvlm_jax.concept_benchmark.known_pictures import (
+    KnownPictures,
+    Pictures,
+    caption_batch,
+    cells_of,
+)
 from xlvlm_jax.concepts.decomposition import project
 from xlvlm_jax.concepts.grounding import ground_text
 from xlvlm_jax.concepts.methods import method_named
@@ -210,8 +215,9 @@ def _questions(pictures: KnownPictures, vlm: VLM, count: int) -> tuple[Questions
     images = [Image.fromarray(scenes.draw(scene)) for scene in drawn]
     batch = caption_batch(vlm, drawn, images)
     every = batch.predicts.copy()
+    cells = cells_of(batch.layouts)
     for row, layout in zip(every, batch.layouts, strict=True):
-        row[layout.positions.reshape(-1)] = True
+        row[layout.positions.reshape(-1)[cells]] = True
     site, lengths = pictures.site, batch.lengths
     spliced = prepare(vlm, batch.inputs, site, answer_lengths=lengths, where=every)
     return spliced, prepare(vlm, batch.inputs, site, answer_lengths=lengths)
@@ -506,9 +512,10 @@ class _Shown(NamedTuple):
 
 
 def _showing(part: Pictures, attribute: str) -> _Shown:
-    of_object = part.pixels >= SHOWN * part.area
+    seen = part.area > 0
+    of_object = seen & (part.pixels >= SHOWN * part.area)
     if attribute == "place":
-        return _Shown(~of_object, part.area - part.pixels, ~part.in_box)
+        return _Shown(seen & ~of_object, part.area - part.pixels, ~part.in_box)
     return _Shown(of_object, part.pixels, part.in_box)
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ports import VLM
+from ports.messages import counted
 from ports.models.clip import DualEncoder
 from xlvlm_jax import metrics
 from xlvlm_jax.concept_benchmark import known_pictures
@@ -33,7 +34,6 @@ from xlvlm_jax.concepts.record import TENSORS, Concepts
 from xlvlm_jax.concepts.removal import concept_directions
 from xlvlm_jax.data import files
 from xlvlm_jax.storage import atomic, versions
-from xlvlm_jax.storage.same_model import model_of, with_adapter_of
 
 FILE, TABLE = "benchmark.json", "leaderboard.md"
 SCORES = "known-scores.json"
@@ -139,11 +139,18 @@ def run_benchmark(
         )
     settings = settings._replace(site=vlm.find_site(settings.site))
     # Before any work: what is given must fit.
+    for entry in entries:
+        if len(entry.paths) > len(seeds):
+            raise ValueError(
+                f"{entry.name} has {len(entry.paths)} paths for {counted(len(seeds), 'seed')}; "
+                "expected one path, or one per seed (--seeds)"
+            )
     given = {
         entry.name: [_read(path, entry, vlm, settings) for path in entry.paths]
         for entry in entries
         if entry.method is None
     }
+    made = known_pictures.made_with(vlm, clip)
     start = progress or (lambda name: lambda done, total: None)
     scored: dict[str, list[Scores]] = {entry.name: [] for entry in entries}
     found: dict[str, list[Concepts]] = {entry.name: [] for entry in entries}
@@ -172,7 +179,7 @@ def run_benchmark(
                     concepts = with_mean_l0(concepts, pictures.fit.states, k)
             else:
                 concepts = _learnt(place, entry.method, pictures, vlm, settings)
-            described = _described(concepts, settings, vlm, seed)
+            described = _described(concepts, settings, made, seed)
             scores = _known(place / SCORES, described)
             if scores is None:
                 kept = settings.k
@@ -184,7 +191,7 @@ def run_benchmark(
             found[entry.name].append(concepts)
             advance(done, len(entries))
     stable = {entry.name: _stability(found[entry.name], entry) for entry in entries}
-    result = summarise(scored, stable, float(np.mean(accuracies)), _settings(settings, seeds, vlm))
+    result = summarise(scored, stable, float(np.mean(accuracies)), _settings(settings, seeds, made))
     described = {"version": versions.VERSION, **plain(as_json(result))}
     atomic.write(output / FILE, json.dumps(described, indent=1) + "\n")
     atomic.write(output / TABLE, as_markdown(result))
@@ -213,12 +220,12 @@ def _learnt(
         "pictures": list(settings.counts),
         "num_concepts": settings.num_concepts,
         "k": settings.k,
-        **model_of(vlm),
+        **known_pictures.made_with(vlm),
     }
     if (place / TENSORS).is_file():
         known = Concepts.load(place)
-        source = with_adapter_of(known.source, asked)
-        if all(source.get(name) == value for name, value in asked.items()):
+        # Also a dtype, which is named where it is not float32.
+        if all(known.source.get(name) == asked.get(name) for name in {*asked, "dtype"}):
             return known
     made = learn(method, pictures.rows, settings.num_concepts, settings.k, seed=pictures.seed)
     made = with_mean_l0(made, pictures.fit.states, settings.k)
@@ -227,15 +234,15 @@ def _learnt(
     return Concepts.load(place)
 
 
-def _settings(settings: Settings, seeds: Sequence[int], vlm: VLM) -> dict[str, Any]:
-    described = settings._asdict() | {"seeds": list(seeds), **model_of(vlm)}
-    # Runs of earlier releases, all of them in float32, do not name it.
-    return described if vlm.dtype.name == "float32" else described | {"dtype": vlm.dtype.name}
+def _settings(settings: Settings, seeds: Sequence[int], made: Mapping[str, Any]) -> dict[str, Any]:
+    return settings._asdict() | {"seeds": list(seeds), **made}
 
 
-def _described(concepts: Concepts, settings: Settings, vlm: VLM, seed: int) -> dict[str, Any]:
+def _described(
+    concepts: Concepts, settings: Settings, made: Mapping[str, Any], seed: int
+) -> dict[str, Any]:
     """Returns what scores depend on, as JSON values."""
-    described = _settings(settings, [seed], vlm) | {"words": concepts.words}
+    described = _settings(settings, [seed], made) | {"words": concepts.words}
     described |= {"version": versions.VERSION, "protocol": PROTOCOL, "of": digest_of(concepts)}
     return json.loads(json.dumps(described))
 
@@ -248,7 +255,7 @@ def _known(path: Path, described: Mapping[str, Any]) -> Scores | None:
     if not isinstance(known, dict):
         raise ValueError(f"{path}: expected a JSON object; remove it")
     about = {name: value for name, value in known.items() if name != "scores"}
-    if with_adapter_of(about, described) != described:
+    if not known_pictures.is_of(about, described):
         return None
     try:
         scores = Scores(**known["scores"])

@@ -133,6 +133,8 @@ def word_lists(directory: str | os.PathLike[str]) -> WordLists:
         lines = safe.read_text("utf-8-sig").splitlines()
     except FileNotFoundError:
         raise FileNotFoundError(f"{safe}: no such file; it is part of AMBER's data") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{safe}: byte {error.start}: not UTF-8") from None
     return WordLists({name: tuple(words) for name, words in content.items()}, tuple(lines))
 
 

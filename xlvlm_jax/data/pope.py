@@ -19,6 +19,7 @@ A split then has all questions whose answer is yes, and its own of those whose a
 has every question.
 """
 
+import codecs
 import os
 import re
 from collections.abc import Iterator
@@ -113,8 +114,8 @@ def _is_list(path: Path) -> bool:
     """Returns whether a file holds a list, as XL-VLMs keeps the questions."""
     if not path.is_file():
         return False
-    with open(path, encoding="utf-8-sig") as file:
-        return file.read(64).lstrip().startswith("[")
+    with open(path, "rb") as file:  # as text it is read, and refused by name, later
+        return file.read(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
 def _listed(path: Path, split: str) -> Iterator[tuple[Path, str, str, Any]]:

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import platform
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +13,12 @@ import ports
 from ports.models import clip
 from xlvlm_jax import data
 from xlvlm_jax.concepts.record import Concepts
+from xlvlm_jax.concepts.scores import comparison
 from xlvlm_jax.concepts.scores.attributes import as_json, score_attributes
 from xlvlm_jax.concepts.scores.comparison import score_run
 from xlvlm_jax.concepts.scores.scorer import DictionaryScores
 from xlvlm_jax.concepts.stage import decompose_features, ground_concepts
-from xlvlm_jax.data import scenes, select
+from xlvlm_jax.data import files, scenes, select
 from xlvlm_jax.data.scenes.language import caption_words
 from xlvlm_jax.demo import embedded
 from xlvlm_jax.demo.shift_part import run_shift
@@ -32,6 +34,27 @@ from xlvlm_jax.storage import atomic, versions
 FINAL = "language_model.model.norm"
 MIDDLE = "language_model.model.layers.2"  # the layer, of 8, that separates count and colour best
 NUM_TRAIN, NUM_TEST = 2400, 800  # pictures; about one in four shows a dog
+
+MODEL = "the embedded LLaVA"
+STARTED = "demo.json"  # the arguments, written first
+# What a run writes besides it, run.json first: without it, a run is not finished.
+WRITTEN = (
+    "run.json",
+    "report.html",
+    "features",
+    "test-features",
+    "concepts",
+    f"concepts-{MIDDLE}",
+    "shift",
+    "shift-features",
+    "scores.json",
+    comparison.ARRAYS,
+    "scores.svg",
+    "steering-features",
+    "steering/yes-no",
+    "steering/yes-no.safetensors",
+    "scenes",
+)
 
 Scores = dict[str, dict[str, dict[str, AttributeScore]]]  # site -> split -> attribute
 
@@ -55,6 +78,7 @@ def run(
     word: str = "dog",
     num_concepts: int = 20,
     seed: int = 0,
+    overwrite: bool = False,
     stage: Callable[[str], Callable[..., None]],
 ) -> Result:
     """Runs all stages into a run directory.
@@ -64,13 +88,15 @@ def run(
         word: the token of interest; only pictures whose captions contain it are used.
         num_concepts: number of concepts, K.
         seed: random seed of the pictures and the solver.
+        overwrite: replace what a demo left in the run directory.
         stage: stage(name) starts a progress bar and returns advance(done, total, rows=None).
 
     Returns:
         The results.
 
     Raises:
-        ValueError: no caption contains the word, or num_concepts is below 1; nothing is drawn.
+        ValueError: no caption contains the word, num_concepts is below 1, or an interrupted run had
+            other arguments; nothing is drawn.
     """
     if word not in caption_words():
         raise ValueError(
@@ -79,7 +105,8 @@ def run(
         )
     if num_concepts < 1:
         raise ValueError(f"the number of concepts must be at least 1, got {num_concepts}")
-    output.mkdir(parents=True, exist_ok=True)
+    asked = {"version": versions.VERSION, "word": word, "num_concepts": num_concepts, "seed": seed}
+    resumed = _begin(output, asked, overwrite)
     seconds: dict[str, float] = {}
     began = time.perf_counter()
 
@@ -89,9 +116,14 @@ def run(
         seconds[name], began = round(now - began, 2), now
 
     pictures = output / "scenes"
-    if not (pictures / "dataset_coco.json").exists():  # written last
+    if not resumed or not (pictures / "dataset_coco.json").exists():  # written last
         scenes.write(
-            pictures, train=NUM_TRAIN, test=NUM_TEST, seed=seed, progress=stage("drawing scenes")
+            pictures,
+            train=NUM_TRAIN,
+            test=NUM_TEST,
+            seed=seed,
+            overwrite=True,
+            progress=stage("drawing scenes"),
         )
     lap("draw")
 
@@ -163,12 +195,51 @@ def run(
     return Result(concepts, scores, dictionaries, shift, steering, seconds, rows, report)
 
 
+def _begin(output: Path, asked: dict[str, Any], overwrite: bool) -> bool:
+    """Prepares a run directory; returns whether it holds an interrupted run of these arguments."""
+    started = output / STARTED
+    if overwrite and _is_demo(output):
+        # The record comes last: an interruption here leaves none of another run unnamed.
+        for name in (*WRITTEN, STARTED):
+            path = output / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    if not started.is_file():
+        output.mkdir(parents=True, exist_ok=True)
+        atomic.write(started, json.dumps(asked, indent=2) + "\n")
+        return False
+    before = files.read_json(started)
+    if not isinstance(before, dict):
+        raise ValueError(f"{started}: expected a JSON object; replace the demo with --overwrite")
+    versions.require(started, before, "replace the demo with --overwrite")
+    for name, value in asked.items():
+        if before.get(name) != value:
+            raise ValueError(
+                f"{output} holds an interrupted demo with {name} {before.get(name)!r}, now it is "
+                f"{value!r}; give the same arguments, another --output, or --overwrite"
+            )
+    return True
+
+
+def _is_demo(output: Path) -> bool:
+    """Returns whether a directory holds a demo, of this release or an earlier one."""
+    if (output / STARTED).is_file():
+        return True
+    try:
+        described = files.read_json(output / "run.json")
+    except (FileNotFoundError, ValueError):
+        return False
+    return isinstance(described, dict) and described.get("model") == MODEL
+
+
 def _description(
     word: str, num_concepts: int, seed: int, rows: dict[str, int], seconds: dict[str, float]
 ) -> dict[str, Any]:
     packages = ("xlvlm-jax", "jax", "flax", "transformers", "numpy")
     return {
-        "model": "the embedded LLaVA",
+        "model": MODEL,
         "data": f"{NUM_TRAIN} drawn scenes to learn from, {NUM_TEST} to test on",
         "token of interest": word,
         "sites": [FINAL, MIDDLE],

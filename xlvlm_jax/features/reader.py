@@ -38,6 +38,8 @@ from xlvlm_jax.storage.zarr_rows import StoredRows, check_chunks, open_array
 if TYPE_CHECKING:
     import pandas
 
+_TILE = 2**14  # rows that are read together
+
 
 @dataclass(frozen=True)
 class Features:
@@ -194,6 +196,25 @@ class Features:
         self._check_site(site)
         states = _read_array(array_path(self.path, site), len(self.tokens))
         return states.astype(np.float32, copy=False)
+
+    def mean(self, site: str) -> Float[np.ndarray, " D"]:
+        """Returns the mean row of Z of one site, without reading all rows at once.
+
+        Args:
+            site: a captured site.
+
+        Returns:
+            float32[D], from sums in float64; NaN without rows.
+
+        Raises:
+            ValueError: the site was not captured.
+        """
+        stored = self.stored(site)
+        total = np.zeros(stored.shape[1])
+        for _, rows in stored.tiles(_TILE):
+            total += rows.sum(axis=0, dtype=np.float64)
+        with np.errstate(invalid="ignore"):
+            return (total / np.float64(len(stored))).astype(np.float32)
 
     def _check_site(self, site: str) -> None:
         if site not in self.sites:

@@ -57,7 +57,8 @@ def batches(
 
     def make(number: int) -> TrainingBatch:
         skipped: dict[str, str] = {}
-        for following in range(number, number + len(samples) + 1):
+        # As many as hold all samples of an epoch, wherever in one they begin.
+        for following in range(number, number + -(-2 * len(samples) // batch_size)):
             batch = draw(following)
             skipped |= batch.skipped
             if batch.inputs:

@@ -26,6 +26,7 @@ from xlvlm_jax.finetune.training import State, Trainer, initial_adapter
 from xlvlm_jax.storage import atomic
 
 RECORD = "training.json"
+_TAUGHT = "pictures and answers digest"  # which runs of earlier releases did not record
 # Files that a checkpoint needs besides its weights.
 _COMPANIONS = (
     "*config*.json",
@@ -100,11 +101,17 @@ def finetune(
     Raises:
         ValueError: there are no samples, a sample has no references, no sample of a batch (if
             strict, not every sample) can be processed, the targets match no linear layer, or the
-            arguments differ from the interrupted run's.
+            arguments differ from the interrupted run's, or a number of steps is less than 1.
+        FloatingPointError: a loss, or a gradient's norm, is NaN or infinite; nothing is saved from
+            then on.
         FileExistsError: the output exists and was not made with these arguments.
     """
     began = time.perf_counter()
     output = Path(output)
+    steps = {"evaluate": evaluate_every, "save": save_every, "log": log_every}
+    for name, number in steps.items():
+        if number is not None and number < 1:
+            raise ValueError(f"{name}_every must be at least 1 step, got {number}")
     if not samples:
         raise ValueError("there are no samples to learn from; check the data and its selection")
     if vlm.adapter is not None:
@@ -126,6 +133,7 @@ def finetune(
         "samples": len(samples),
         "samples digest": _digest(samples),
         "evaluation digest": _digest(evaluation),
+        _TAUGHT: _taught([*samples, *evaluation]),
         "evaluate every": evaluate_every,
         "log every": log_every,
         "source": source or {},
@@ -137,8 +145,8 @@ def finetune(
         return _summary(log, time.perf_counter() - began)
     if settings.method == "lora":
         initial_adapter(vlm, settings)  # raises before anything is written
-    every = evaluate_every, save_every, log_every
-    run = _Run(vlm, samples, settings, evaluation, *every, strict, progress)
+    numbers = evaluate_every, save_every, log_every
+    run = _Run(vlm, samples, settings, evaluation, *numbers, strict, progress)
     work = output.with_name(output.name + ".training")
     _begin(work, arguments)
     trainer, state, log = _train(run, work)
@@ -178,6 +186,14 @@ def _train(run: _Run, work: Path) -> tuple[Trainer, State, list[dict[str, Any]]]
     state, log = trainer.begin(), []
 
     def record(step: int, figures: dict[str, float]) -> None:
+        # Before the next state is saved. Adam keeps what is not finite for ever.
+        if wrong := [name for name, value in figures.items() if not np.isfinite(value)]:
+            kept = manager.latest_step()
+            raise FloatingPointError(
+                f"at step {step}, {wrong[0]} is {figures[wrong[0]]}; lower the learning rate, or "
+                "load the model in float32 or bfloat16 (numbers above 65,504 overflow in float16). "
+                f"{work} holds the state of step {kept or 0}: delete it to start over"
+            )
         log.append({"step": step, **{k: float(f"{v:.6g}") for k, v in figures.items()}})
         if run.progress is not None:
             run.progress(step, total, figures)
@@ -317,6 +333,7 @@ def _begin(work: Path, arguments: dict[str, Any]) -> None:
     before = files.read_json(file)
     if not isinstance(before, dict):
         raise ValueError(f"{file}: expected a JSON object; delete {work} and start over")
+    before = {_TAUGHT: arguments[_TAUGHT], **before}
     for name in before | arguments:
         if before.get(name) != arguments.get(name):
             raise ValueError(
@@ -329,7 +346,7 @@ def _finished_log(output: Path, arguments: dict[str, Any]) -> list[dict[str, Any
     """Returns the log of a finished run; FileExistsError if its arguments differ."""
     try:
         written = json.loads((output / RECORD).read_text())
-        if written["arguments"] == arguments:
+        if {_TAUGHT: arguments[_TAUGHT], **written["arguments"]} == arguments:
             return written["log"]
     except (OSError, ValueError, KeyError, TypeError):
         pass
@@ -376,6 +393,15 @@ def _digest(samples: Sequence[Sample]) -> str:
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(json.dumps([sample.id, sample.prompt, *sample.references]).encode())
+    return digest.hexdigest()[:16]
+
+
+def _taught(samples: Sequence[Sample]) -> str:
+    """Returns a digest of the pictures' names and of the answers to learn."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        learnt = [os.path.abspath(sample.image), *examples.training_answers(sample)]
+        digest.update(json.dumps(learnt).encode())
     return digest.hexdigest()[:16]
 
 

@@ -1,6 +1,7 @@
 """Settings of fine-tuning, and the optimizer made from them."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import optax
@@ -40,7 +41,7 @@ class FinetuneSettings:
     method: str = "lora"
     rank: int = 8
     alpha: float = 16.0
-    targets: tuple[str, ...] = ()
+    targets: Sequence[str] = ()
     steps: int | None = None
     epochs: float = 1.0
     batch_size: int = 16
@@ -58,9 +59,18 @@ class FinetuneSettings:
             if getattr(self, name) not in choices:
                 value = getattr(self, name)
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+        if isinstance(self.targets, str):
+            raise ValueError(
+                f"targets are the text {self.targets!r}; expected several patterns, such as "
+                f"[{self.targets!r}]"
+            )
+        # Settings are hashed, as a static argument of compiled functions.
+        object.__setattr__(self, "targets", tuple(self.targets))
         for name in ("rank", "batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
         for name in ("alpha", "epochs", "rate", "clip"):

@@ -12,6 +12,7 @@ Language Models".
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -77,7 +78,9 @@ def average_jacobian(
     def row(index: Array) -> Any:
         one = jax.nn.one_hot(index, D, dtype=out.dtype)
         (slopes,) = back(weights[..., None].astype(out.dtype) * one)
-        return jax.tree.map(lambda s: jnp.einsum("bt,bte->e", share, s.astype(share.dtype)), slopes)
+        # As exact as its inputs, also where the model computes in bfloat16.
+        mean = functools.partial(jnp.einsum, "bt,bte->e", share, precision="highest")
+        return jax.tree.map(lambda s: mean(s.astype(share.dtype)), slopes)
 
     return jax.lax.map(row, jnp.arange(D), batch_size=min(size, D))
 

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from ports.tables import kind
 from xlvlm_jax.concepts.grounding import tiles_of
 from xlvlm_jax.features.reader import Features
+from xlvlm_jax.solvers.linalg import matmul
 from xlvlm_jax.storage.zarr_rows import StoredRows
 
 Array = jax.Array
@@ -50,7 +51,7 @@ def _merged(
     states: Array, tile: Array, values: Array, rows: Array, start: Array, size: Array, *, k: int
 ) -> tuple[Array, Array]:
     """Returns the k best of what was found and of a tile of which `size` rows are real."""
-    cosine = jnp.matmul(_unit(states), _unit(tile.astype(jnp.float32)).T)
+    cosine = matmul(_unit(states), _unit(tile.astype(jnp.float32)).T)
     cosine = jnp.where(jnp.arange(len(tile)) < size, cosine, -jnp.inf)
     here, index = jax.lax.top_k(cosine, min(k, len(tile)))
     # Earlier rows come first, so that ties go to them.

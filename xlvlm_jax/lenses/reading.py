@@ -5,6 +5,7 @@ L layers, B batch, T positions, D width, V vocabulary, k words.
 nostalgebraist 2020, "interpreting GPT: the logit lens".
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,11 +15,13 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from ports import VLM
+from ports.inputs.padding import bucket_length
 from ports.intervene.edits import Edits
 from ports.nn.vision_language import VisionLanguageModel
 from ports.parallel import compiled
 from ports.tables import html_arrays, kind
 from xlvlm_jax.solvers.collectives import keep_pace
+from xlvlm_jax.solvers.linalg import matmul
 
 Array = jax.Array
 # Numbers of logits in memory at a time.
@@ -59,7 +62,7 @@ def _top(
     k: int,
 ) -> tuple[Array, Array, Array]:
     if carry is not None:
-        x = jnp.matmul(x.astype(jnp.float32), carry.T)
+        x = matmul(x.astype(jnp.float32), carry.T)
     bound = model.bind({"params": params})
     logits = (bound.unembed_through_norm if through_norm else bound.unembed)(x)
     logp = jax.nn.log_softmax(logits)
@@ -82,7 +85,7 @@ def read_states(
 
     Args:
         vlm: the model.
-        states: site -> [..., D], all of the same shape.
+        states: site -> [..., D], all of the same shape; names as for `VLM.find_site`.
         k: number of words per state.
         carried: site -> [D, D], a matrix by which its states are carried to the last layer first
             (see `fit_jacobian_lens`).
@@ -92,7 +95,8 @@ def read_states(
         Tokens, probabilities and entropy.
 
     Raises:
-        ValueError: there are no states, k is not in 1..V, or a site is before the decoder.
+        ValueError: there are no states, k is not in 1..V, or a site is unknown or before the
+            decoder.
 
     Examples:
         >>> import numpy as np, ports
@@ -107,23 +111,26 @@ def read_states(
         raise ValueError(f"k is {k}; expected 1 to {V} words")
     if not states:
         raise ValueError("there are no states to read; give some sites")
+    # Names may be spelled in several ways.
+    sites = {name: vlm.find_site(name) for name in states}
+    carries = {vlm.find_site(name): matrix for name, matrix in (carried or {}).items()}
     shape = np.shape(next(iter(states.values())))
-    size = block or max(1, LOGITS // V)
-    size = min(size, int(np.prod(shape[:-1])))
+    # Few positions share a program with as many or a few more.
+    size = min(block or max(1, LOGITS // V), max(bucket_length(math.prod(shape[:-1])), 1))
     found = []
-    for site, given in states.items():
+    for name, given in states.items():
+        site = sites[name]
         if not vlm.module.is_of_decoder(site):
-            raise ValueError(f"{site!r} is before the decoder, whose words it has none of")
+            raise ValueError(f"{name!r} is before the decoder, whose words it has none of")
         flat = jnp.reshape(jnp.asarray(given), (-1, shape[-1]))
-        carry = (carried or {}).get(site)
+        carry = None if site not in carries else jnp.asarray(carries[site])
         static = (vlm.is_before_norm(site), k)
         parts = []
-        for start in range(0, len(flat), size):
+        for start in range(0, max(len(flat), 1), size):
             rows = flat[start : start + size]
             # The last block has the size of the others: one program.
             rows = jnp.pad(rows, ((0, size - len(rows)), (0, 0)))
-            carry_array = None if carry is None else jnp.asarray(carry)
-            arrays = (vlm.params, rows, carry_array)
+            arrays = (vlm.params, rows, carry)
             parts.append(keep_pace(_top(vlm.module, *arrays, *static, mesh=vlm.mesh)))
         found.append(
             [
@@ -134,9 +141,9 @@ def read_states(
     tokens, probabilities, entropy = (np.stack(column) for column in zip(*found, strict=True))
     return LensReading(
         tuple(states),
-        tokens.reshape(-1, *shape[:-1], k),
-        probabilities.reshape(-1, *shape[:-1], k),
-        entropy.reshape(-1, *shape[:-1]),
+        tokens.reshape(len(sites), *shape[:-1], k),
+        probabilities.reshape(len(sites), *shape[:-1], k),
+        entropy.reshape(len(sites), *shape[:-1]),
     )
 
 

@@ -1,6 +1,7 @@
 """Pictures that pages have uploaded, kept as files while the server runs."""
 
 import hashlib
+import os
 import tempfile
 import threading
 from pathlib import Path
@@ -20,6 +21,7 @@ class Picture(NamedTuple):
     id: str  # the same for the same file
     name: str  # of the file that was uploaded
     path: Path  # where it lies now, as PNG
+    upload: Path  # and the file itself
     size: tuple[int, int]  # width and height
 
 
@@ -60,24 +62,32 @@ class Pictures:
         with self._lock:
             if (known := self._kept.get(key)) is not None:
                 return self._keep(known._replace(name=name))
-            path = self.folder / f"{key}.png"
-            path.write_bytes(content)
+        # A large picture takes seconds, during which others are asked about: without the lock, and
+        # under names of its own, should another thread convert the same one.
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+            upload, converted = Path(folder) / "upload", Path(folder) / "converted.png"
+            upload.write_bytes(content)
             try:
-                image: Image.Image = read_image(path)
+                image: Image.Image = read_image(upload)
             except (OSError, ValueError) as error:
-                path.unlink()
-                reason = str(error).removeprefix(f"{path}: ")
+                reason = str(error).removeprefix(f"{upload}: ")
                 raise ValueError(
                     f"{name}: {reason}; choose a picture, such as JPEG or PNG"
                 ) from None
-            image.save(path)
-            return self._keep(Picture(key, name, path, image.size))
+            image.save(converted)
+            made = Picture(
+                key, name, self.folder / f"{key}.png", self.folder / f"{key}.upload", image.size
+            )
+            with self._lock:
+                os.replace(converted, made.path)
+                os.replace(upload, made.upload)
+                return self._keep(made)
 
     def blank(self) -> Picture:
         """Returns a picture of nothing, of a usual size, which is not among those added."""
         path, size = self.folder / "blank.png", (640, 480)
         Image.new("RGB", size).save(path)
-        return Picture("blank", path.name, path, size)
+        return Picture("blank", path.name, path, path, size)
 
     def get(self, key: str) -> Picture:
         """Returns a picture.
@@ -95,5 +105,6 @@ class Pictures:
         self._kept[picture.id] = picture
         while len(self._kept) > MOST:
             dropped = self._kept.pop(next(iter(self._kept)))
-            dropped.path.unlink(missing_ok=True)
+            for path in (dropped.path, dropped.upload):
+                path.unlink(missing_ok=True)
         return picture

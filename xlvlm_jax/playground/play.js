@@ -244,14 +244,23 @@ async function useConceptPicture(address) {
 async function take(file) {
   if (!file) return;
   await attempt(async () => {
-    // Refused here: a browser that sends more than the server reads sees no answer.
-    if (file.size > known.largest) {
-      throw new Error(`${file.name} is larger than ${known.largest / 2 ** 20} MB; choose a smaller one`);
+    // A shared file is read here, and its picture takes 4/3 of the room there.
+    if (/\.json$/i.test(file.name)) {
+      refuseLarge(file.name, file.size, 2 * known.largest);
+      await openShared(file);
+      return;
     }
+    refuseLarge(file.name, file.size, known.largest);
     if (/\.safetensors$/i.test(file.name)) await useVector(file);
-    else if (/\.json$/i.test(file.name)) await openShared(file);
     else await usePicture(file);
   });
+}
+
+// Refused here: a browser that sends more than the server reads sees no answer.
+function refuseLarge(name, size, largest) {
+  if (size > largest) {
+    throw new Error(`${name} is larger than ${largest / 2 ** 20} MB; choose a smaller one`);
+  }
 }
 
 async function useVector(file) {
@@ -277,6 +286,7 @@ async function openShared(file) {
   } catch {
     throw new Error(`the picture in ${file.name} is damaged; share it again`);
   }
+  if (content) refuseLarge(`the picture in ${file.name}`, content.length, known.largest);
   if (shared.fingerprint !== known.fingerprint) {
     throw new Error(`${file.name} was shared from ${shared.model}, this page has another model: ${known.model}`);
   }
@@ -300,7 +310,8 @@ async function share() {
   const { question, short, instruction, sliders, picture } = state;
   Object.assign(shared, { state: { question, short, instruction, sliders }, answers });
   if (picture) {
-    const stored = await request(`pictures/${encodeURIComponent(picture.id)}`);
+    // As it was uploaded: as PNG, it may be too large to be opened again.
+    const stored = await request(`pictures/${encodeURIComponent(picture.id)}/upload`);
     const content = new Uint8Array(await stored.arrayBuffer());
     let binary = "";
     for (const byte of content) binary += String.fromCharCode(byte);

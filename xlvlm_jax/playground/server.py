@@ -89,6 +89,7 @@ def create_app(
         ),
         Route("/pictures", handlers.add_picture, methods=["POST"]),
         Route("/pictures/{key}", handlers.picture),
+        Route("/pictures/{key}/upload", handlers.upload),
         Route("/vectors", handlers.add_vector, methods=["POST"]),
         Route("/answers", handlers.answer, methods=["POST"]),
         Route("/maps", handlers.map, methods=["POST"]),
@@ -186,7 +187,8 @@ class _Handlers:
                 "where": WHERE,
                 "largest": LARGEST,
                 "prepared": not self._worker.has_spare_work,
-                "items": [_described(item) for item in self._answers.items.values()],
+                # The worker's thread may add one meanwhile.
+                "items": [_described(item) for item in list(self._answers.items.values())],
             }
         )
 
@@ -231,6 +233,11 @@ class _Handlers:
 
     async def picture(self, request: Request) -> Response:
         return FileResponse(self._picture(request.path_params["key"]).path, media_type="image/png")
+
+    async def upload(self, request: Request) -> Response:
+        """Returns the file as it was uploaded: as PNG it could be larger than the page takes."""
+        path = self._picture(request.path_params["key"]).upload
+        return FileResponse(path, media_type="application/octet-stream")
 
     async def add_vector(self, request: Request) -> Response:
         name, content = _name(request, "vector"), await _body(request)
@@ -371,7 +378,8 @@ def _thumbnail(path: str) -> bytes:
 
 def _name(request: Request, what: str) -> str:
     name = Path(request.query_params.get("name", "").replace("\\", "/")).name
-    return "".join(c for c in name if c.isprintable())[-200:] or what
+    name = "".join(c for c in name if c.isprintable())[-200:]
+    return what if name in ("", ".", "..") else name
 
 
 async def _body(request: Request) -> bytes:

@@ -9,6 +9,7 @@ None of them takes b_dec off its input.
 
 import math
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,14 @@ def read_gemma(directory: Path, dtype: str | None = None) -> Dictionary:
     """Reads a directory of the first Gemma Scope.
 
     Raises:
-        ValueError: the arrays are not those of Gemma Scope.
+        ValueError: the file is damaged, or the arrays are not those of Gemma Scope.
     """
-    with np.load(directory / OLD_PARAMS, allow_pickle=False) as arrays:
-        params = {_upper(name): arrays[name] for name in arrays.files}
+    file = directory / OLD_PARAMS
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            params = {_upper(name): arrays[name] for name in arrays.files}
+    except (zipfile.BadZipFile, EOFError, ValueError) as error:
+        raise ValueError(f"{file} is not a file of arrays ({error}); fetch it again") from None
     named = [part for part in directory.absolute().parts[-3:] if _GEMMA_SITE.fullmatch(part)]
     site = named[-1] if named else ""
     if site == "embedding" and {"W_enc", "W_dec", "b_dec"} <= params.keys():

@@ -99,10 +99,8 @@ def batches(
     """
     if batch_size < 1:
         raise ValueError(f"the batch size is {batch_size}; expected 1 sample or more per batch")
-    if answers is not None and len(samples) != len(answers):
-        raise ValueError(
-            f"there are {len(answers)} answers for {len(samples)} samples; expected one each"
-        )
+    if answers is not None:
+        require_one_each(answers, samples)
     if answers is not None and not all(answer.strip() for answer in answers):
         empty = next(i for i, answer in enumerate(answers) if not answer.strip())
         raise ValueError(
@@ -120,6 +118,18 @@ def batches(
             errors |= batch.refused
         if batch.inputs:
             yield first + batch.good, batch
+
+
+def require_one_each(answers: Sequence[str], samples: Sequence[Sample]) -> None:
+    """Checks that there are as many answers as samples.
+
+    Raises:
+        ValueError: there are not.
+    """
+    if len(samples) != len(answers):
+        raise ValueError(
+            f"there are {len(answers)} answers for {len(samples)} samples; expected one each"
+        )
 
 
 def position_kinds(vlm: VLM, inputs: Any, counts: np.ndarray) -> np.ndarray:

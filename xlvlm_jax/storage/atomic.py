@@ -31,10 +31,12 @@ def write(path: Path, content: bytes | str) -> None:
 def writing(path: Path) -> Iterator[BinaryIO]:
     """Opens a file to write piece by piece, which replaces the old one if the block succeeds.
 
-    Until then it is `<name>.tmp` in the same directory; at the end it is flushed to disk and
-    renamed. A leftover of a killed process under that name is overwritten.
+    Until then it is `<name>.tmp` in the same directory, which is made if it is missing; at the end
+    it is flushed to disk and renamed. A leftover of a killed process under that name is
+    overwritten.
     """
     temporary = path.with_name(f"{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(temporary, "wb") as file:
             yield file

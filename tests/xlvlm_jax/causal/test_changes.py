@@ -1,5 +1,6 @@
 """Effects of edits: against runs of the whole model, PyTorch's hooks, and differences."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,8 +8,10 @@ from PIL import Image
 from scipy.special import log_softmax
 
 import ports
+from ports.decoding.tail import cut_tail
 from xlvlm_jax import causal
-from xlvlm_jax.causal.changes import _in_groups
+from xlvlm_jax.causal import changes
+from xlvlm_jax.causal.changes import _Arrays, _divergence, _in_groups, _measures
 from xlvlm_jax.causal.words import NONE
 from xlvlm_jax.data import prompts, scenes
 from xlvlm_jax.data.answers import answered
@@ -218,3 +221,43 @@ def test_messages(vlm, forced, asked):
         causal.slopes(asked, np.ones((2, 192)), WORDS, OWN, steps=0)
     with pytest.raises(ValueError, match="the reconstruction of states"):
         causal.spliced_losses(asked, lambda states: states[:1], np.zeros(192, np.float32))
+
+
+def test_a_longer_answer_in_another_batch_does_not_count(vlm, forced, asked, vectors):
+    """More positions than the batch has, or as many, are those that it has."""
+    inputs, lengths = forced
+    edits = causal.concept_edits(vectors[:1], add=[0.5], ablate=[])
+    expected, plain = causal.effects(asked, edits, WORDS, OWN)
+    longer = causal.prepare(vlm, inputs, SITE, answer_lengths=lengths, count=10_000)
+    assert longer.tail is not None and longer.weights.sum() == asked.weights.sum()
+    found, before = causal.effects(longer, edits, WORDS, OWN)
+    np.testing.assert_allclose(before, plain, atol=1e-4)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+    with pytest.raises(ValueError, match="the tail has 9 positions of 9; expected 1 to 8"):
+        cut_tail(vlm.module, vlm.params, {"input_ids": np.ones((1, 9), int)}, 9)
+
+
+def test_no_measure_is_rounded_by_a_product():
+    """A model in bfloat16 is traced with the backend's default precision."""
+    given = jnp.zeros((2, 3)), jnp.zeros((2, 3, 5))
+
+    def measured(weights, logp):
+        targets = jnp.zeros((2, 3), jnp.int32)
+        asked = _Arrays({}, None, {}, weights > 0, weights, targets)
+        found = _measures(asked, logp, jnp.asarray(OWN))
+        return found, _divergence(asked, logp, logp, jnp.asarray(OWN[0]))
+
+    with jax.default_matmul_precision("bfloat16"):
+        assert "dot_general" not in str(jax.make_jaxpr(measured)(*given))
+
+
+def test_whole_sequences_count_in_memory(vlm, forced, asked, monkeypatch):
+    inputs, lengths = forced
+    whole = causal.prepare(vlm, inputs, SITE, answer_lengths=lengths, where="all")
+    text, (B, T) = vlm.sizes.text, whole.mask.shape
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    widest = max(text.intermediate_size, text.num_heads * T)
+    monkeypatch.setattr(changes, "ACCELERATOR_LOGITS", 5 * B * T * widest)
+    assert changes._at_once(whole) == 5  # and not by the logits of the few that predict
+    assert changes._at_once(asked) > 5

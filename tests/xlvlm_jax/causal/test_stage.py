@@ -132,3 +132,20 @@ def test_command(xlvlm, concepts, samples, tmp_path):
     assert status == 2 and "finite numbers other than 0; got nan" in errors
     status, _, errors = xlvlm(*arguments, "--overwrite", "--site", "layers.1")
     assert status == 2 and "omit --site, or use concepts of that site" in errors
+
+
+def test_a_score_does_not_depend_on_which_others_are_asked_for(vlm, concepts, samples):
+    said = [sample.references[0] for sample in samples]
+    options = {"add": [0.1], "ablate": [], "batch_size": 4, "num_matched": 1}
+    one, two = (
+        causal.score_causally(concepts, vlm, samples, said, numbers=numbers, **options)
+        for numbers in ([0], [0, 2])
+    )
+    assert one.scores.score[0] == pytest.approx(two.scores.score[0], abs=1e-4)
+    assert np.isfinite([one.scores.null[0], one.scores.low[0]]).all()
+    assert np.isnan(one.scores.score[1:]).all()
+    with pytest.raises(ValueError, match="there are 3 answers for 4 samples; expected one each"):
+        causal.score_causally(concepts, vlm, samples, said[:3], **options)
+    alone = dataclasses.replace(concepts, words=[["dog"], [], [], []])
+    with pytest.raises(ValueError, match="no other words to compare with; ground more concepts"):
+        causal.score_causally(alone, vlm, samples, said, **options)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xlvlm_jax import causal
+from xlvlm_jax.causal import words as words_module
 from xlvlm_jax.causal.words import NONE, filled
 
 
@@ -62,3 +63,13 @@ def test_an_own_word_is_never_matched(likelihood, data):
 
 def test_rows_are_filled():
     assert filled([[3], [], [1, 2]]).tolist() == [[3, NONE], [NONE, NONE], [1, 2]]
+
+
+def test_words_of_others_are_compared_with(monkeypatch):
+    others = [["cat"], ["dog", "pup"], ["zebra"]]
+    known = causal.vocabulary_of([["dog", "zebra"]], Letters(), 7, others=others)
+    assert known.words == ["dog", "cat", "pup"] and known.own == [[0]]
+    assert known.unknown == ["zebra"]  # of the concepts' own
+    monkeypatch.setattr(words_module, "MOST_OTHERS", 1)
+    few = causal.vocabulary_of([["dog"]], Letters(), 7, others=[["cat", "do", "pup"]])
+    assert few.words == ["dog", "cat"]

@@ -34,6 +34,12 @@ def test_entries(tmp_path):
     assert parse_entry(str(tmp_path / "layer_1.v2")).name == "layer_1.v2"
     both = parse_entry(f"mine={one},{two}")
     assert both == ("mine", (one, two), None)
+    # As a sweep names its directories.
+    swept = tmp_path / "lr=1e-3" / "sae"
+    swept.mkdir(parents=True)
+    assert parse_entry(str(swept)) == ("sae", (swept,), None)
+    assert parse_entry(f"mine={swept},{one}") == ("mine", (swept, one), None)
+    assert parse_entry(f"{swept},{one}") == ("sae", (swept, one), None)
 
 
 def test_every_form_encodes_alike(tmp_path):
@@ -88,6 +94,8 @@ def test_messages(tmp_path, vlm):
     refused("'mine=' is not a method and there is no path", parse_entry, "mine=")
     np.save(tmp_path / "odd.npy", np.array([["a"]]))
     refused("odd.npy: .*numbers", read, tmp_path / "odd.npy")
+    (tmp_path / "empty.npy").touch()
+    refused("empty.npy is not a matrix of numbers", read, tmp_path / "empty.npy")
     np.save(tmp_path / "nan.npy", ATOMS * np.nan)
     refused("nan.npy: components.*NaN", read, tmp_path / "nan.npy")
     save_file({"atoms": ATOMS}, tmp_path / "atoms.safetensors")

@@ -77,3 +77,12 @@ def test_a_resampler_is_refused(vlm):
 
     with pytest.raises(ValueError, match="latents that each see the whole picture"):
         known_pictures.caption_batch(Resampling(), drawn, pictures)
+
+
+def test_cells_without_a_state_or_a_place_are_left_out():
+    layout = patch_layout.grid(np.array([-1, 5, 6, 7]), 2, 2, (0, 0, 1, 0.5))
+    assert known_pictures.cells_of([layout, layout]).tolist() == [1]  # the rest is padding
+    whole = patch_layout.grid(np.array([-1, 5, 6, 7]), 2, 2)
+    assert known_pictures.cells_of([whole]).tolist() == [1, 2, 3]
+    with pytest.raises(ValueError, match="states of different cells"):
+        known_pictures.cells_of([layout, whole])

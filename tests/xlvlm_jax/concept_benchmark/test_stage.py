@@ -1,15 +1,20 @@
 """The whole benchmark: summaries by hand, resumed runs, the command, messages."""
 
+import copy
+import dataclasses
 import json
 import math
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xlvlm_jax.concept_benchmark import parse_entry, stage
+from xlvlm_jax.concept_benchmark import known_pictures, parse_entry, stage
 from xlvlm_jax.concept_benchmark.measures import MEASURES
 from xlvlm_jax.concept_benchmark.scoring import Scores
+from xlvlm_jax.demo import embedded
+from xlvlm_jax.storage.same_model import model_of
 
 from .conftest import COUNTS, SITE
 
@@ -136,6 +141,10 @@ def test_messages(vlm, clip, tmp_path, given):
     refused(r"narrow: components have shape \(3, 3\)", f"{tmp_path / 'narrow.npy'}")
     np.save(tmp_path / "nan.npy", np.full((2, 192), np.inf))
     refused("nan.npy: components .*NaN or Inf", f"{tmp_path / 'nan.npy'}")
+    refused(
+        "theirs has 2 paths for 1 seed; expected one path, or one per seed",
+        f"theirs={given},{given}",
+    )
     path = tmp_path / stage.SCORES
     path.write_text('{"scores": {"name": 1}}')
     with pytest.raises(ValueError, match=r"known-scores.json holds no scores .*; remove it"):
@@ -154,3 +163,35 @@ def test_command(xlvlm, result, benchmarked, tmp_path):
     status, _, errors = xlvlm(*arguments)
     assert status == 2 and "states at 'language_model.model.layers.5' have width 192" in errors
     assert not (tmp_path / "run").exists()
+
+
+def test_what_another_model_left_is_not_used(result, vlm, clip, benchmarked, pictures, monkeypatch):
+    """An adapter, a dtype and another CLIP change states, or embeddings, under one fingerprint."""
+
+    class _MadeAnewError(Exception):
+        pass
+
+    def anew(*_, **__):
+        raise _MadeAnewError
+
+    monkeypatch.setattr(known_pictures, "make_pictures", anew)
+    monkeypatch.setattr(stage, "learn", anew)
+    directory = benchmarked / "seed-0"
+    tuned = vlm.with_adapter(embedded.find_adapter("color"))
+    rounded = copy.copy(vlm)
+    rounded.module = vlm.module.clone(dtype=jnp.bfloat16)
+    other = dataclasses.replace(clip, directory=embedded.LLAVA)
+    assert known_pictures.made_with(vlm, clip) == model_of(vlm)  # as earlier releases wrote it
+    for model, encoder in ((tuned, clip), (rounded, clip), (vlm, other)):
+        with pytest.raises(_MadeAnewError):
+            known_pictures.load_or_make(directory, model, encoder, SITE, counts=COUNTS)
+    place = directory / "random"
+    kept = stage._learnt(place, "random", pictures, vlm, SETTINGS)
+    for model in (tuned, rounded):
+        with pytest.raises(_MadeAnewError):
+            stage._learnt(place, "random", pictures, model, SETTINGS)
+    made = [
+        known_pictures.made_with(m, c) for m, c in ((tuned, clip), (rounded, clip), (vlm, other))
+    ]
+    for each in made:
+        assert stage._known(place / stage.SCORES, stage._described(kept, SETTINGS, each, 0)) is None

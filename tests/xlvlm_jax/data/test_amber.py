@@ -97,6 +97,9 @@ def test_word_lists(tmp_path):
     path.write_text('{"dog": ["puppy"], "sky": []}')
     with pytest.raises(FileNotFoundError, match=r"safe_words\.txt: no such file"):
         word_lists(tmp_path)
+    (tmp_path / "data" / "safe_words.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"safe_words\.txt: byte 3: not UTF-8"):
+        word_lists(tmp_path)
     (tmp_path / "data" / "safe_words.txt").write_text("orange\nlight\n", "utf-8-sig")
     lists = word_lists(tmp_path)
     assert lists.safe == ("orange", "light") and lists.words == {"dog", "puppy", "sky"}

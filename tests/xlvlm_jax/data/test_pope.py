@@ -146,3 +146,9 @@ def test_files_of_another_task(tmp_path):
     (tmp_path / "captions.json").write_text('{"images": [{"id": 1}], "annotations": []}')
     with pytest.raises(ValueError, match=r"'categories' missing; .*; expected COCO's file of inst"):
         data.load("coco", tmp_path, "test", file="karpathy.json", objects="captions.json")
+
+
+def test_a_file_that_is_not_text_is_named(tmp_path):
+    (tmp_path / "coco_pope_random.json").write_bytes(b"\xff\xfe[")
+    with pytest.raises(ValueError, match=r"coco_pope_random\.json: byte 0: not UTF-8"):
+        data.load("pope", tmp_path)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from xlvlm_jax import data
 from xlvlm_jax.data import scenes
 
 
@@ -166,3 +167,26 @@ def test_scenes_that_are_interrupted_leave_no_index(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         scenes.write(tmp_path, train=3, progress=stop)
     assert {path.name for path in tmp_path.iterdir()} == {"train2014", "val2014"}
+
+
+def test_pictures_that_are_replaced_have_no_captions_of_others(tmp_path):
+    def stop(done, _):
+        raise KeyboardInterrupt
+
+    scenes.write(tmp_path, train=2)
+    with pytest.raises(KeyboardInterrupt):
+        scenes.write(tmp_path, train=2, seed=1, overwrite=True, progress=stop)
+    assert {path.name for path in tmp_path.iterdir()} == {"train2014", "val2014"}
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_instances_are_read_as_cocos(written, split):
+    folder = "train2014" if split == "train" else "val2014"
+    objects = f"instances_{folder}.json"
+    samples = data.load("coco", written, split, objects=objects)
+    assert [s.metadata["objects"] for s in samples] == [
+        [s.metadata["attributes"]["kind"]] for s in samples
+    ]
+    for image in _json(written / objects)["images"]:
+        stored = Image.open(written / folder / image["file_name"])
+        assert stored.size == (image["width"], image["height"])

@@ -46,6 +46,10 @@ def test_the_demo_writes_a_page_and_summarises_the_concepts(tmp_path, monkeypatc
     assert 'id="shift' in page
     assert "Steering: Answers from" in page
 
+    there = {path.name for path in (tmp_path / "run").iterdir()}
+    removed = {name.partition("/")[0] for name in pipeline.WRITTEN}
+    assert there == removed | {pipeline.STARTED}
+
     console = Console(file=io.StringIO(), width=120)
     summary.show(result, console)
     assert "report.html" in console.file.getvalue().replace("\n", "")
@@ -67,3 +71,34 @@ def test_impossible_requests_are_refused_before_scenes_are_drawn(xlvlm, tmp_path
     assert "drawing" not in out
     assert len(errors.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_demo_of_other_arguments_is_resumed_by_none_and_replaced(xlvlm, tmp_path, monkeypatch):
+    class _DrawnError(ValueError):
+        pass
+
+    def draw(directory, *, seed, **_):
+        raise _DrawnError(f"drawn with seed {seed}")
+
+    monkeypatch.setattr(pipeline.scenes, "write", draw)
+    output = tmp_path / "demo"
+    demo = ("demo", "--output", output)
+    assert "drawn with seed 0" in xlvlm(*demo)[2]
+    (output / "scenes").mkdir()
+    (output / "scenes" / "dataset_coco.json").touch()
+    (output / "features").mkdir()
+    # Interrupted after the scenes: they are those of seed 0.
+    status, _, errors = xlvlm(*demo, "--seed", 1)
+    assert status == 2 and "holds an interrupted demo with seed 0, now it is 1; give" in errors
+    status, _, errors = xlvlm(*demo, "--word", "cat")
+    assert status == 2 and "with word 'dog', now it is 'cat'" in errors
+    (output / "own.txt").touch()
+    assert "drawn with seed 1" in xlvlm(*demo, "--seed", 1, "--overwrite")[2]
+    assert sorted(path.name for path in output.iterdir()) == ["demo.json", "own.txt"]
+
+
+def test_what_is_not_a_demo_is_not_removed(tmp_path):
+    (tmp_path / "features").mkdir()
+    assert pipeline._begin(tmp_path, {"version": 1, "seed": 0}, True) is False
+    assert (tmp_path / "features").is_dir()
+    assert pipeline._begin(tmp_path, {"version": 1, "seed": 0}, False) is True

@@ -123,3 +123,22 @@ def test_a_batch_of_only_such_samples_is_replaced_by_the_next(vlm, samples):
         ValueError, match=r"none of 1 samples can be processed; the first, 1: .*ref"
     ):
         list(examples.batches(vlm, taught[1:2], 1, seed=0, start=0, stop=1))
+
+
+def test_samples_that_are_all_lost_are_looked_at_twice_at_most(vlm, samples, tmp_path, monkeypatch):
+    lost = [dataclasses.replace(sample, image=tmp_path / "lost.png") for sample in samples]
+    looked = []
+    make = examples.make_batch
+    monkeypatch.setattr(
+        examples,
+        "make_batch",
+        lambda v, some, *a, **k: looked.append(some) or make(v, some, *a, **k),
+    )
+    with pytest.raises(ValueError, match="none of 8 samples can be processed"):
+        next(examples.batches(vlm, lost, 4, 0, 1, 2))
+    assert len(looked) == 4
+    # Wherever it is in two epochs: a single sample that is left is found.
+    for kept in range(3):
+        some = [*lost[:kept], samples[kept], *lost[kept + 1 : 3]]
+        (batch,) = examples.batches(vlm, some, 2, 0, 1, 2)
+        assert batch.inputs

@@ -16,6 +16,7 @@ import torch
 import ports
 from xlvlm_jax.data import scenes
 from xlvlm_jax.finetune import FinetuneSettings, finetune
+from xlvlm_jax.finetune.training import Trainer
 
 from ...ports import helpers
 from .conftest import SETTINGS
@@ -147,6 +148,45 @@ def _picture(sample):
     from xlvlm_jax.data.images import read_image
 
     return read_image(sample.image)
+
+
+def test_a_run_that_diverges_ends_before_it_is_saved(vlm, samples, tmp_path, monkeypatch):
+    output = tmp_path / "adapter"
+    update, steps = Trainer.update, []
+
+    def diverging(self, state, group):
+        state, figures = update(self, state, group)
+        steps.append(1)
+        if len(steps) == 4:
+            figures = figures | {"norm": figures["norm"] * np.inf}
+        return state, figures
+
+    monkeypatch.setattr(Trainer, "update", diverging)
+    told = r"at step 4, norm is inf; lower the learning rate.*holds the state of step 2: delete it"
+    with pytest.raises(FloatingPointError, match=told):
+        finetune(vlm, samples, output, SETTINGS, **OPTIONS)
+    assert not output.exists()
+    states = output.with_name("adapter.training") / "states"
+    assert [path.name for path in states.iterdir()] == ["2"]
+
+
+def test_other_pictures_or_answers_are_another_run(vlm, samples, trained, tmp_path):
+    options = {**OPTIONS, "evaluation": samples[:3]}
+    first = samples[0]
+    corrected = dataclasses.replace(first, metadata={"answer": "w1"})
+    moved = dataclasses.replace(first, image=tmp_path / first.image.name)
+    for other in (corrected, moved):
+        with pytest.raises(FileExistsError, match="was not made with these arguments"):
+            finetune(vlm, [other, *samples[1:]], trained, SETTINGS, **options)
+    # Runs of earlier releases did not record them.
+    record = json.loads((trained / "training.json").read_text())
+    del record["arguments"]["pictures and answers digest"]
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier" / "training.json").write_text(json.dumps(record))
+    assert finetune(vlm, samples, tmp_path / "earlier", SETTINGS, **options).steps == 5
+    for name in ("save_every", "log_every", "evaluate_every"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1 step, got 0"):
+            finetune(vlm, samples, tmp_path / "new", SETTINGS, **{name: 0})
 
 
 def test_messages(pair, vlm, samples, trained, tmp_path):

@@ -42,9 +42,15 @@ def test_weights_decay_and_biases_do_not():
         ({"rate": 0.0}, "rate must be above 0"),
         ({"rate": float("nan")}, "rate must be above 0, got nan"),
         ({"warmup": 2.0}, "warmup must be between 0 and 1"),
+        ({"targets": "q_proj"}, r"the text 'q_proj'; expected several patterns, .* \['q_proj'\]"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"method": "full", "targets": ("q_proj",)}, "method 'full' trains all parameters; leave"),
     ],
 )
 def test_messages(values, message):
     with pytest.raises(ValueError, match=message):
         FinetuneSettings(**values)
+
+
+def test_targets_may_be_a_list():
+    assert hash(FinetuneSettings(targets=["q_proj"])) == hash(FinetuneSettings(targets=("q_proj",)))

@@ -1,5 +1,7 @@
 """Nearest neighbours of states: against scikit-learn, from disk, messages."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -62,3 +64,11 @@ def test_messages():
         lenses.nearest(np.ones((1, 3)), np.ones((2, 2)))
     with pytest.raises(ValueError, match="k is 3; expected 1 to 2"):
         lenses.nearest(np.ones((1, 2)), np.ones((2, 2)), 3)
+
+
+def test_cosines_are_float32_on_every_backend():
+    """Those of hidden states lie too close together for the precision of a TPU's default."""
+    rows, best = jnp.ones((2, 3)), jnp.zeros((2, 1))
+    given = (rows, rows, best, best.astype(int), jnp.int32(0), jnp.int32(2))
+    with jax.default_matmul_precision("bfloat16"):
+        assert "[HIGHEST, HIGHEST]" in neighbours._merged.lower(*given, k=1).as_text()

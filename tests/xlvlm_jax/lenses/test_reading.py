@@ -1,5 +1,7 @@
 """The logit lens: the model's own predictions at its last layer, blocks, steering, messages."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -102,3 +104,32 @@ def test_messages(vlm, inputs):
         lenses.read_states(vlm, {"multi_modal_projector": np.ones((1, 192))})
     with pytest.raises(ValueError, match="shows one prompt; got 2"):
         run_lens(vlm, inputs)
+
+
+def test_a_site_may_be_spelled_in_several_ways(vlm):
+    x = np.random.default_rng(1).standard_normal((4, 192), np.float32)
+    matrix = np.random.default_rng(2).standard_normal((192, 192)).astype(np.float32)
+    own, spelled = vlm.layers[3], vlm.layers[3].replace("layers.3", "layers_3")
+    expected = lenses.read_states(vlm, {own: x}, k=2, carried={own: matrix})
+    for name in (spelled, "layers.3"):
+        for carried in ({own: matrix}, {name: matrix}):
+            found = lenses.read_states(vlm, {name: x}, k=2, carried=carried)
+            np.testing.assert_array_equal(found.tokens, expected.tokens)
+            assert found.sites == (name,)
+
+
+def test_prompts_of_nearly_one_length_share_a_program(vlm):
+    site = vlm.layers[2]
+    lenses.read_states(vlm, {site: np.ones((3, 13, 192), np.float32)}, k=2)
+    compiled = lens_reading._top._cache_size()
+    lenses.read_states(vlm, {site: np.ones((35, 192), np.float32)}, k=2)
+    assert lens_reading._top._cache_size() == compiled
+    none = lenses.read_states(vlm, {site: np.ones((0, 5, 192), np.float32)}, k=2)
+    assert none.tokens.shape == (1, 0, 5, 2) and none.entropy.shape == (1, 0, 5)
+
+
+def test_states_are_carried_in_float32(vlm):
+    x, matrix = jnp.ones((2, 192)), jnp.eye(192)
+    with jax.default_matmul_precision("bfloat16"):
+        text = lens_reading._top.lower(vlm.module, vlm.params, x, matrix, False, 1).as_text()
+    assert text.count("[HIGHEST, HIGHEST]") == 1

@@ -1,6 +1,7 @@
 """Uploaded pictures: kept as long as they are used, refused if they are none."""
 
 import io
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -62,3 +63,33 @@ def test_what_is_no_picture_is_refused_and_leaves_nothing(content, said):
             kept.add(content, "x.png")
         assert str(kept.folder) not in str(refused.value)
         assert not list(kept.folder.iterdir())
+
+
+def test_others_are_asked_about_while_a_picture_is_converted(monkeypatch):
+    reading, go_on = threading.Event(), threading.Event()
+    read = module.read_image
+
+    def slow(path):
+        reading.set()
+        go_on.wait(10)
+        return read(path)
+
+    with Pictures() as kept, ThreadPoolExecutor(2) as threads:
+        first = kept.add(png("red"), "red")
+        monkeypatch.setattr(module, "read_image", slow)
+        second = threads.submit(kept.add, png("green"), "green")
+        assert reading.wait(10)
+        assert threads.submit(kept.get, first.id).result(5) == first
+        go_on.set()
+        assert kept.get(second.result(10).id).name == "green"
+
+
+def test_the_upload_itself_is_kept(monkeypatch):
+    monkeypatch.setattr(module, "MOST", 1)
+    content = io.BytesIO()
+    Image.new("RGB", (30, 20), "red").save(content, "JPEG")
+    with Pictures() as kept:
+        made = kept.add(content.getvalue(), "a.jpg")
+        assert made.upload.read_bytes() == content.getvalue()
+        kept.add(png("blue"), "blue")
+        assert not made.upload.exists()

@@ -233,3 +233,15 @@ def test_who_leaves_ends_the_work(answers, pictures, made, vlm, monkeypatch):
     finally:
         running.should_exit = True
         thread.join()
+
+
+def test_a_picture_is_shared_as_it_was_uploaded(client, made, uploaded):
+    assert client.get(f"pictures/{uploaded}/upload").content == made.picture.read_bytes()
+    assert client.get("pictures/none/upload").status_code == 404
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a/..", "", "..\\.."])
+def test_a_name_that_is_no_file_is_replaced(client, foreign, name):
+    found = client.post("vectors", params={"name": name}, content=foreign)
+    assert found.status_code == 422
+    assert "the steering vector was fitted on" in found.json()["error"]

@@ -25,3 +25,8 @@ def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch):
         atomic.write(tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_missing_directory_is_made(tmp_path):
+    atomic.write(tmp_path / "b" / "c" / "a", "new")
+    assert (tmp_path / "b" / "c" / "a").read_text() == "new"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from xlvlm_jax.storage import atomic
 from .ask import Question, questions
 from .draw import boxes, draw_with_masks, encode
 from .language import captions, split_words
+from .pen import SIZE
 from .presence import biased_captions, biased_question
 from .scene import KINDS, SPLITS, Scene, Split, attributes, sample_scene
 
@@ -29,6 +30,21 @@ LARGEST = {"train": 400_000, "val": 100_000, "test": 100_000}
 FOLDER = {"train": "train2014", "val": "val2014", "test": "val2014"}
 INDEX = "dataset_coco.json"
 CATEGORY = {kind: number for number, kind in enumerate(KINDS, 1)}
+
+# Karpathy's first: without it, a directory is not a data set.
+INDEX_FILES = (
+    INDEX,
+    "attributes.json",
+    *(
+        name.format(folder)
+        for folder in ("train2014", "val2014")
+        for name in (
+            "v2_OpenEnded_mscoco_{}_questions.json",
+            "v2_mscoco_{}_annotations.json",
+            "instances_{}.json",
+        )
+    ),
+)
 
 # VQAv2 classifies a question by its first words; the longest match counts.
 QUESTION_TYPES = (
@@ -69,6 +85,19 @@ QUESTION_TYPES = (
 def image_id(split: Split, index: int) -> int:
     """Returns the picture's COCO id, which no other split uses."""
     return FIRST_ID[split] + index
+
+
+def _file_name(folder: str, number: int) -> str:
+    return f"COCO_{folder}_{number:012d}.jpg"
+
+
+def _images(folder: str, counts: Mapping[Split, int]) -> Iterator[dict[str, Any]]:
+    """Yields the entries of a folder's pictures, as COCO lists them."""
+    for split in SPLITS:
+        for index in range(counts[split] if FOLDER[split] == folder else 0):
+            number = image_id(split, index)
+            name = _file_name(folder, number)
+            yield {"id": number, "file_name": name, "width": SIZE, "height": SIZE}
 
 
 def _question_type(question: str) -> str:
@@ -120,7 +149,9 @@ def _refuse_other(index: Path, drawn: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _growing(path: Path, content: dict, name: str | None = None) -> Iterator[Callable[..., None]]:
+def _growing(
+    path: Path, content: dict, name: str | None = None, first: Iterable[dict] | None = None
+) -> Iterator[Callable[..., None]]:
     """Writes a JSON file entry by entry, keeping none in memory.
 
     Args:
@@ -128,6 +159,7 @@ def _growing(path: Path, content: dict, name: str | None = None) -> Iterator[Cal
         content: what it contains besides the entries.
         name: the key of `content`, an empty list, that the entries are appended to; None for
             entries of `content` itself.
+        first: a list that the file begins with, "images".
 
     Yields:
         a function that takes an entry: a value, or a key and a value if name is None.
@@ -140,6 +172,12 @@ def _growing(path: Path, content: dict, name: str | None = None) -> Iterator[Cal
         before, after = before.split(mark + "]")
         before, after = before + mark, "]" + after
     with atomic.writing(path) as file:
+        if first is not None:
+            file.write(b'{"images": [')
+            for number, entry in enumerate(first):
+                file.write(f"{', ' * bool(number)}{json.dumps(entry)}".encode())
+            file.write(b"], ")
+            before = before.removeprefix("{")
         file.write(before.encode())
         between = ""
 
@@ -173,8 +211,8 @@ def write(
     `v2_OpenEnded_mscoco_{train,val}2014_questions.json`,
     `v2_mscoco_{train,val}2014_annotations.json`, `instances_{train,val}2014.json` (COCO's boxes of
     objects, x, y, width and height in pixels) and `attributes.json`, {image id: attributes}. The
-    index files come last: if they exist, so do the pictures. Karpathy's also says what was drawn:
-    `scenes`, with the arguments of this function.
+    index files come last, and those of earlier scenes go first: if they exist, so do their
+    pictures. Karpathy's also says what was drawn: `scenes`, with the arguments of this function.
 
     Args:
         directory: directory to write to.
@@ -203,6 +241,9 @@ def write(
     if not overwrite:
         _refuse_other(root / INDEX, drawn)
     try:
+        # Pictures are replaced one by one: without these, none belongs to another's captions.
+        for name in INDEX_FILES:
+            (root / name).unlink(missing_ok=True)
         for folder in ("train2014", "val2014"):
             (root / folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -235,13 +276,16 @@ def write(
             file = f"v2_mscoco_{folder}_annotations.json"
             answer[folder] = growing(file, part | {"annotations": []}, "annotations")
             boxed = part | {"categories": categories, "annotations": []}
-            locate[folder] = growing(f"instances_{folder}.json", boxed, "annotations")
+            file = _growing(
+                root / f"instances_{folder}.json", boxed, "annotations", _images(folder, counts)
+            )
+            locate[folder] = stack.enter_context(file)
         total, imgid, sentence = sum(counts.values()), 0, 0
         for split in SPLITS:
             for index in range(counts[split]):
                 scene = sample_scene(split, index, seed)
                 number, folder = image_id(split, index), FOLDER[split]
-                name = f"COCO_{folder}_{number:012d}.jpg"
+                name = _file_name(folder, number)
                 picture, masks = draw_with_masks(scene)
                 (root / folder / name).write_bytes(encode(picture))
                 texts, asked = captions(scene), questions(scene)
