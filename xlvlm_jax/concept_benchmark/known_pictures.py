@@ -109,7 +109,8 @@ def is_of(known: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
             adapter, and had none.
         asked: the same now.
     """
-    return {"adapter": None, ADAPTER: None, **known} == asked
+    without = {"adapter": None, ADAPTER: None}
+    return without | dict(known) == without | dict(asked)
 
 
 class Captioned(NamedTuple):

@@ -14,7 +14,7 @@ from xlvlm_jax.concept_benchmark import known_pictures, parse_entry, stage
 from xlvlm_jax.concept_benchmark.measures import MEASURES
 from xlvlm_jax.concept_benchmark.scoring import Scores
 from xlvlm_jax.demo import embedded
-from xlvlm_jax.storage.same_model import model_of
+from xlvlm_jax.storage.same_model import checkpoint_of
 
 from .conftest import COUNTS, SITE
 
@@ -181,7 +181,9 @@ def test_what_another_model_left_is_not_used(result, vlm, clip, benchmarked, pic
     rounded = copy.copy(vlm)
     rounded.module = vlm.module.clone(dtype=jnp.bfloat16)
     other = dataclasses.replace(clip, directory=embedded.LLAVA)
-    assert known_pictures.made_with(vlm, clip) == model_of(vlm)  # as earlier releases wrote it
+    # Earlier releases named no adapter, and nothing but the checkpoint.
+    assert known_pictures.is_of(checkpoint_of(vlm), known_pictures.made_with(vlm, clip))
+    assert not known_pictures.is_of(checkpoint_of(vlm), known_pictures.made_with(tuned, clip))
     for model, encoder in ((tuned, clip), (rounded, clip), (vlm, other)):
         with pytest.raises(_MadeAnewError):
             known_pictures.load_or_make(directory, model, encoder, SITE, counts=COUNTS)
