@@ -68,7 +68,7 @@ def errors(N: int, offset: float) -> dict[str, float]:
     found = jax.jit(sums.column_means)(rows)
     plain = jax.jit(lambda Z: jnp.ones(len(Z)) @ Z / len(Z))(rows)
     truth -= mean
-    of_rows = jax.jit(lambda Z: pca.covariance(pca.prepare(Z, N)))(rows)
+    of_rows = jax.jit(lambda Z: pca.covariance(Z, jnp.ones(N), sums.column_means(Z)))(rows)
     of_truth = truth.T @ truth
     scores = decompose(rows, 2, "pca", key=jax.random.key(0)).activations
     variances = np.var(np.asarray(scores, np.float64), axis=0)

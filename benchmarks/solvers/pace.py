@@ -36,8 +36,12 @@ def updating(method: str, Z: jax.Array, K: int) -> tuple:
     plan, _ = pca.plan(KEY, width=Z.shape[1], num_samples=len(Z), num_concepts=(K,))
     if plan.narrow:
         # The covariance (only half is computed), and the scores, which need its axes.
-        step = partial(pca.solved, num_concepts=K, most=K)
-        return lambda problem, _: step(problem), problem, None, 2, Z.shape[1] // 2 + K
+
+        def whole_solve(problem: pca.Problem, _: None) -> jax.Array:
+            problem, state = pca.solved(problem.Z, len(Z), K, K)
+            return pca.project(problem, state.basis)
+
+        return whole_solve, problem, None, 2, Z.shape[1] // 2 + K
     if plan.blocks is None:
 
         def whole(problem: pca.Problem, _: None) -> pca.State:

@@ -68,9 +68,14 @@ UPDATES = 2
 EIGH = 10
 BLOCKS = 3  # row blocks of the covariance, so that only two thirds of it are computed
 CANCELS = 0.1  # of the energy: a smaller difference of sums has lost digits
+FAINT = 2**-8  # the same for what the covariance has in directions beside the axes
 DOMINANT = 16  # times the median axis's variance
 AT_ONCE = 2**17  # rows that are multiplied at once for images of axes
-SPREAD = 2**12  # first axis's variance over the last one's: more leaves float32 three digits
+# First axis's variance over another's: with more, eigenvectors in float32 keep two or three digits
+# of that one. Up to SPREAD over the median axis and WIDER over the last, all axes together still
+# explain within 1e-6 of what they could. From STEEP on, small entries have to be on one scale with
+# the large ones before any eigenvalues are computed.
+SPREAD, WIDER, STEEP = 2**12, 2**14, 2**20
 # The same: with more, the small axes are computed apart, and their images are looked at before they
 # are said to have converged. Rounding hides 2^-24 times this of an image, or 1.5e-5 of a gain.
 HIDES = 2**16
@@ -112,10 +117,26 @@ def prepare(
     Z: Float[Array, "N D"], num_samples: Int[Array, ""] | int, rows: Rows = ONE_DEVICE
 ) -> Problem:
     """Returns the constants for a Z whose first `num_samples` rows count."""
-    real = (rows.numbers(len(Z)) < num_samples).astype(real_dtype(Z))
-    mean = sums.column_means(Z, num_samples, rows)
+    real, mean = _centre(Z, num_samples, rows)
     squares = sums.total(real * sums.squared_distances(Z, *mean))
-    energy = 0.5 * rows.total(squares).value
+    return _problem(Z, num_samples, real, mean, 0.5 * rows.total(squares).value)
+
+
+def _centre(
+    Z: Float[Array, "N D"], num_samples: Int[Array, ""] | int, rows: Rows
+) -> tuple[Float[Array, " N"], Wide]:
+    """Returns which rows count, and their mean."""
+    real = (rows.numbers(len(Z)) < num_samples).astype(real_dtype(Z))
+    return real, sums.column_means(Z, num_samples, rows)
+
+
+def _problem(
+    Z: Float[Array, "N D"],
+    num_samples: Int[Array, ""] | int,
+    real: Float[Array, " N"],
+    mean: Wide,
+    energy: Float[Array, ""],
+) -> Problem:
     variance = 2 * energy / (jnp.asarray(num_samples, energy.dtype) * Z.shape[1])
     far = (sums.is_far(mean.high, variance, count) for count in (1, len(Z)))
     return Problem(Z, real, mean, energy, *far)
@@ -337,30 +358,45 @@ def _rows_last(values: Float[Array, "N M"]) -> Float[Array, "N M"]:
 
 
 def principal(
-    overlaps: Float[Array, "R R"], num_concepts: Int[Array, ""] | int
+    overlaps: Float[Array, "R R"], num_concepts: Int[Array, ""] | int, steep: bool = True
 ) -> tuple[Float[Array, " R"], Float[Array, "R R"]]:
     """Returns the eigenvalues of a positive semi-definite matrix, decreasing, and its eigenvectors.
 
     If the first eigenvalues are far larger than the others, the others would be lost in their
-    rounding error. The result then comes from the singular vectors of a square root, which spans
-    half as many digits, and the small ones from their own part of the matrix. This keeps small ones
-    if large ones are along few of the rows and columns.
-    """
-    values, vectors = jnp.linalg.eigh(overlaps)
+    rounding error, and come from their own part of the matrix. If they are larger by many digits,
+    so that there may be several steps, the eigenvectors come from the singular vectors of a square
+    root, which spans half as many digits. This keeps small ones if large ones are along few of the
+    rows and columns.
 
-    def of_root() -> tuple[Array, Array]:
+    Args:
+        overlaps: float[R, R], symmetric, with no eigenvalue below zero but by rounding.
+        num_concepts: number of leading eigenvectors that count.
+        steep: whether to provide for larger ones by many digits, with a program for an SVD.
+    """
+    increasing, columns = jnp.linalg.eigh(overlaps)
+    values, vectors = increasing[::-1], columns[:, ::-1]
+
+    def of_root(*plain: Array) -> tuple[Array, Array]:
         # With rows and columns on one scale, eigenvalues differ by the angles alone.
         scale = jnp.sqrt(jnp.maximum(jnp.diagonal(overlaps), TINY))
         angles, turned = jnp.linalg.eigh(overlaps / jnp.outer(scale, scale))
         root = jnp.sqrt(jnp.maximum(angles, 0))[:, None] * turned.T * scale
         _, lengths, axes = jnp.linalg.svd(root)
-        found = lengths**2, axes.T
-        better = partial(_apart, overlaps, num_concepts=num_concepts)
-        huge = _spread(found[0], num_concepts) > HIDES
-        return jax.lax.cond(huge, better, lambda *found: found, *found)
+        return lengths**2, axes.T
 
-    spread = _spread(values[::-1], num_concepts) > SPREAD
-    return jax.lax.cond(spread, of_root, lambda: (values[::-1], vectors[:, ::-1]))
+    def as_found(values: Array, vectors: Array) -> tuple[Array, Array]:
+        return values, vectors
+
+    spread = _spread(values, num_concepts)
+    rounding = jnp.finfo(values.dtype).eps * values[0]
+    if steep:
+        is_steep = spread > STEEP
+        values, vectors = jax.lax.cond(is_steep, of_root, as_found, values, vectors)
+        rounding = jnp.where(is_steep, 0, rounding)  # of half as many digits
+    of_median = _spread(values, num_concepts // 2 + 1)
+    apart = partial(_apart, overlaps, num_concepts=num_concepts, rounding=rounding)
+    lost = (spread > WIDER) | (of_median > SPREAD)
+    return jax.lax.cond(lost, apart, as_found, values, vectors)
 
 
 def _apart(
@@ -368,13 +404,15 @@ def _apart(
     values: Float[Array, " R"],
     vectors: Float[Array, "R R"],
     num_concepts: Int[Array, ""] | int,
+    rounding: Float[Array, ""],
 ) -> tuple[Float[Array, " R"], Float[Array, "R R"]]:
     """Returns better eigenvalues and eigenvectors: small ones free of the large ones' rounding.
 
     A vector's share of another is off by a digit. Of a large one, this is removed to first order;
-    then the small ones are those of what is left.
+    then the small ones are those of what is left. A value below `rounding` says nothing.
     """
-    is_large = values > SPREAD * values[jnp.minimum(num_concepts, len(values)) - 1]
+    last = values[jnp.minimum(num_concepts, len(values)) - 1]
+    is_large = values > SPREAD * jnp.maximum(last, rounding)
     turned = matmul(vectors.T, matmul(overlaps, vectors))
     shared = jnp.where(is_large[:, None] & ~is_large, turned, 0)
     # Values near each other may keep a share.
@@ -384,7 +422,7 @@ def _apart(
 
     left = jnp.where(is_large | is_large[:, None], 0, turned - matmul(angles.T, shared))
     # Large ones are taken out: they come last.
-    beneath = -jnp.max(jnp.diagonal(left)) - TINY
+    beneath = -jnp.max(jnp.sum(jnp.abs(left), axis=1)) - TINY
     small, axes = jnp.linalg.eigh((left + left.T) / 2 + jnp.diag(is_large * beneath))
     count = jnp.sum(is_large)
     small, axes = (jnp.roll(found[..., ::-1], count, axis=-1) for found in (small, axes))
@@ -395,8 +433,11 @@ def _apart(
 def project(problem: Problem, basis: Float[Array, "D R"]) -> Float[Array, "N R"]:
     """Returns (Z - 1 m) basis, with zeros for rows that pad Z."""
     mean, beyond = problem.mean
-    products = sums.centred_scores(problem.Z, basis, mean, problem.far)
-    return problem.real[:, None] * (products - matmul(beyond, basis))
+
+    def moved(products: Array) -> Array:
+        return problem.real[:, None] * (products - matmul(beyond, basis))
+
+    return sums.centred_scores(problem.Z, basis, mean, problem.far, moved)
 
 
 def covariance_image(
@@ -410,14 +451,23 @@ def covariance_image(
     return rows.total(images.T - jnp.outer(beyond, jnp.sum(scores, axis=0)))
 
 
-def covariance(problem: Problem, rows: Rows = ONE_DEVICE) -> Float[Array, "D D"]:
-    """Returns (Z - 1 m)^T (Z - 1 m), from blocks of its rows; the lower triangle is mirrored."""
-    (N, D), (mean, beyond) = problem.Z.shape, problem.mean
+def covariance(
+    Z: Float[Array, "N D"], real: Float[Array, " N"], mean: Wide, rows: Rows = ONE_DEVICE
+) -> Float[Array, "D D"]:
+    """Returns (Z - 1 m)^T (Z - 1 m), from blocks of its rows; the lower triangle is mirrored.
+
+    Args:
+        Z: float[N, D].
+        real: float[N], 1 for a row that counts and 0 for another.
+        mean: the mean of those that count, float[D].
+        rows: where the rows of Z are.
+    """
+    (N, D), (middle, beyond) = Z.shape, mean
 
     def centred(first: Array | int, count: int) -> Array:
         # Centred before the product: the energy of a large mean would round away the rest.
-        real = sums.block_of(problem.real, first, count)[:, None]
-        return real * ((sums.block_of(problem.Z, first, count) - mean) - beyond)
+        counts = sums.block_of(real, first, count)[:, None]
+        return counts * ((sums.block_of(Z, first, count) - middle) - beyond)
 
     return _products_of_columns(centred, N, D, rows)
 
@@ -440,31 +490,43 @@ def _products_of_columns(
 
 
 def solved(
-    problem: Problem,
+    Z: Float[Array, "N D"],
+    num_samples: Int[Array, ""] | int,
     num_concepts: Int[Array, ""] | int,
     most: int,
     rows: Rows = ONE_DEVICE,
-    careful: bool = False,
-) -> State:
-    """Returns the state at the optimum, from the covariance; without blocks, as none follow.
+    steep: bool = False,
+) -> tuple[Problem, State]:
+    """Returns the constants and the state at the optimum, from the covariance.
+
+    The state has neither blocks, as no update follows, nor scores, which take a pass over Z: those
+    of the final components are enough.
 
     Args:
-        problem: constants of the run.
+        Z: float[N, D].
+        num_samples: number of leading rows of Z that count.
         num_concepts: number of axes that count in the objective.
         most: number of axes.
         rows: where the rows of Z are.
-        careful: whether to keep the digits of variances far below the first, see `principal`. In
-            the rare case that this matters, it takes an SVD of [D, D].
+        steep: as for `principal`.
     """
-    total = covariance(problem, rows)
-    if careful:
-        variances, axes = principal(total, num_concepts)
-    else:
-        variances, axes = (found[..., ::-1] for found in jnp.linalg.eigh(total))
-    variances, basis = variances[:most], axes[:, :most]
-    objective = problem.energy - 0.5 * _sum_of_first(variances, num_concepts)
-    zero = jnp.zeros_like(objective)
-    return State(basis, project(problem, basis), basis[:, :0], objective, zero, zero > 0)
+    real, mean = _centre(Z, num_samples, rows)
+    total = covariance(Z, real, mean, rows)
+    energy = 0.5 * sums.total(jnp.diagonal(total)).value
+    problem = _problem(Z, num_samples, real, mean, energy)
+    variances, axes = principal(total, num_concepts, steep)
+    basis = axes[:, :most]
+    estimate = energy - 0.5 * _sum_of_first(variances[:most], num_concepts)
+
+    def beside() -> Array:
+        # What all other eigenvectors explain: their rounding counts only squared.
+        others = jnp.where(jnp.arange(len(axes)) < num_concepts, 0, axes)
+        return 0.5 * sums.total(jnp.sum(others * matmul(total, others), axis=0)).value
+
+    objective = jax.lax.cond(estimate < CANCELS * energy, beside, lambda: estimate)
+    zero, none = jnp.zeros_like(objective), basis[:, :0]
+    scores = jnp.zeros((len(Z), 0), basis.dtype)
+    return problem, State(basis, scores, none, objective, zero, zero > 0)
 
 
 def _sum_of_first(values: Float[Array, " R"], count: Int[Array, ""] | int) -> Float[Array, ""]:
@@ -570,8 +632,18 @@ def remaining(
     scores: Float[Array, "N K"],
     components: Float[Array, "K D"],
     rows: Rows = ONE_DEVICE,
+    least: float = CANCELS,
 ) -> Float[Array, ""]:
-    """Returns the objective: the estimate, or the sum of the residual if that has lost digits."""
+    """Returns the objective: the estimate, or the sum of the residual if that has lost digits.
+
+    Args:
+        problem: constants of the run.
+        estimate: the objective from sums that may cancel.
+        scores: float[N, K].
+        components: float[K, D].
+        rows: where the rows of Z are.
+        least: share of the energy below which the estimate has lost digits.
+    """
 
     def of_residual() -> Array:
         # The part of the mean beyond float32 is one more component, with a score of one.
@@ -581,7 +653,7 @@ def remaining(
         return 0.5 * sums.total(problem.real * squares).value
 
     # Energy minus explained variance cancels if the fit is good.
-    cancels = estimate < CANCELS * problem.energy
+    cancels = estimate < least * problem.energy
     there = jax.lax.cond(cancels, of_residual, lambda: jnp.zeros_like(estimate))
     return jnp.where(cancels, rows.total(there), estimate)
 
@@ -617,6 +689,11 @@ class Plan(NamedTuple):
         repeated = () if self.blocks is None else (Phase(self.improve, repeats=True),)
         return Phase(self.start), *repeated, Phase(self.finish)
 
+    @property
+    def has_wide_products(self) -> bool:
+        """Whether rows are multiplied with many columns, see `compiling`."""
+        return self.narrow and self.most > LANES
+
     def runs(self, counts: Counts) -> tuple[int, ...]:
         """Returns a single run: fewer components are the first ones of more."""
         return (max(one_run_each(counts)),)
@@ -624,16 +701,21 @@ class Plan(NamedTuple):
     def start(self, Z: Array, given: tuple, limit: Any, rows: Rows) -> Carry:
         """Finds the best axes in the first span."""
         key, tol, (N, num_concepts, _) = given
-        K, problem = jnp.max(num_concepts), prepare(Z, N, rows)
+        K = jnp.max(num_concepts)
         if self.narrow:
-            state = solved(problem, K, self.most, rows, careful=self.exact)
-        elif self.blocks is None:
+            problem, state = solved(Z, N, K, self.most, rows, steep=self.exact)
+            return self._begun(tol, problem, num_concepts, state)
+        problem = prepare(Z, N, rows)
+        if self.blocks is None:
             state = best_within(problem, whole_space(problem, N, rows), self.most, K, rows)
         else:
             how = N, rows, self.sample
             directions = first_directions(problem, key, self.blocks, *how)
             state = init(problem, directions, K, self.blocks, rows)
             state = checked(problem, state, self.blocks, K, tol, rows)
+        return self._begun(tol, problem, num_concepts, state)
+
+    def _begun(self, tol: Array, problem: Problem, num_concepts: Array, state: State) -> Carry:
         progress = jax.tree.map(lambda leaf: leaf[None], begin(state, self.room))
         return Carry(tol, Fixed(problem._replace(Z=None), num_concepts), progress)
 
@@ -655,24 +737,32 @@ class Plan(NamedTuple):
         problem, num_concepts = carry.fixed.problem._replace(Z=Z), carry.fixed.num_concepts
         progress = jax.tree.map(lambda leaf: leaf[0], carry.progress)
         components = progress.state.basis[:, : self.most].T
-        scores = progress.state.scores[:, : self.most]
         in_use = jnp.arange(len(components)) < jnp.max(num_concepts)
-        components, scores = in_use[:, None] * components, in_use * scores
-        sign = _signs(components)
-        beyond = rows.total(sums.column_sums(scores**2).value)
-        left = remaining(problem, progress.state.objective, scores, components, rows)
+        sign = in_use * _signs(components)
+        components = sign[:, None] * components
+        if self.narrow:
+            # Computed once, not again where it is a result.
+            scores = jax.lax.optimization_barrier(project(problem, components.T))
+            least = FAINT
+        else:
+            scores, least = sign * progress.state.scores[:, : self.most], CANCELS
+        objective = progress.state.objective
+        left = remaining(problem, objective, scores, components, rows, least)
         # Corrects the whole history by the rounding error of the energy.
-        missed = left - progress.state.objective
+        missed = left - objective
         # Fewer components leave the variance of the others, in the history as much as at the end.
-        missing = jnp.arange(len(components)) >= num_concepts[:, None]
-        omitted = 0.5 * jnp.sum(jnp.where(missing, beyond, 0), axis=1)
+        omitted = jnp.zeros_like(left)[None]
+        if len(num_concepts) > 1:
+            beyond = rows.total(sums.column_sums(scores**2).value)
+            missing = jnp.arange(len(components)) >= num_concepts[:, None]
+            omitted = 0.5 * jnp.sum(jnp.where(missing, beyond, 0), axis=1)
 
         def copies(value: Array) -> Array:
             return jnp.broadcast_to(value, (len(num_concepts), *value.shape))
 
         return Result(
-            components=copies(sign[:, None] * components),
-            activations=copies(sign * scores),
+            components=copies(components),
+            activations=copies(scores),
             objective=left + omitted,
             iterations=copies(progress.iteration),
             converged=copies(progress.state.error <= carry.tol),

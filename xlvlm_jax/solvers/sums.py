@@ -323,19 +323,33 @@ def centred_scores(
     basis: Float[Array, "D R"],
     mean: Float[Array, " D"],
     far: Bool[Array, ""] | bool,
+    then: Callable[[Array], Array] = lambda scores: scores,
 ) -> Float[Array, "N R"]:
-    """Returns (Z - 1 m) basis, like `centred_products`, with each row contiguous."""
-    return _of_centred(lambda rows: matmul(rows, basis), Z, mean, far, 0)
+    """Returns (Z - 1 m) basis, like `centred_products`, with each row contiguous.
+
+    Args:
+        Z: float[N, D].
+        basis: float[D, R].
+        mean: float[D], m.
+        far: as for `centred_products`.
+        then: what is done to all scores, elementwise: in the same pass, where they are.
+    """
+    return _of_centred(lambda rows: matmul(rows, basis), Z, mean, far, 0, then)
 
 
 def _of_centred(
-    product: Callable[[Array], Array], Z: Array, mean: Array, far: Bool[Array, ""] | bool, axis: int
+    product: Callable[[Array], Array],
+    Z: Array,
+    mean: Array,
+    far: Bool[Array, ""] | bool,
+    axis: int,
+    then: Callable[[Array], Array] = lambda products: products,
 ) -> Array:
     """Returns `product`, a linear function with the rows on `axis`, of the centred rows."""
     N, D = Z.shape
 
     def at_once() -> Array:
-        return product(Z) - product(mean[None])
+        return then(product(Z) - product(mean[None]))
 
     def by_blocks() -> Array:
         size = max(min(rows_of_block(D, least=1), N), 1)
@@ -348,7 +362,8 @@ def _of_centred(
             return block(jnp.minimum(i * size, N - size), found)  # the last block overlaps
 
         shaped = jax.eval_shape(product, Z)
-        return jax.lax.fori_loop(0, -(-N // size), step, jnp.zeros(shaped.shape, shaped.dtype))
+        empty = jnp.zeros(shaped.shape, shaped.dtype)
+        return then(jax.lax.fori_loop(0, -(-N // size), step, empty))
 
     return jax.lax.cond(far, by_blocks, at_once) if N else at_once()
 

@@ -84,7 +84,7 @@ def test_a_narrow_matrix_by_its_covariance(num_samples):
     problem = pca.prepare(jnp.asarray(padded), num_samples)
     centred = Z.astype(np.float64) - Z.mean(axis=0, dtype=np.float64)
     expected = centred.T @ centred
-    found = pca.covariance(problem)
+    found = pca.covariance(problem.Z, problem.real, problem.mean)
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
     np.testing.assert_array_equal(found, found.T)
     theirs = PCA(60, svd_solver="full").fit(Z.astype(np.float64))
@@ -93,6 +93,30 @@ def test_a_narrow_matrix_by_its_covariance(num_samples):
     np.testing.assert_allclose(ours.components[:12], theirs.components_[:12], atol=1e-3)
     np.testing.assert_allclose(ours.components @ ours.components.T, np.eye(60), atol=1e-5)
     assert int(ours.iterations) == 0 and bool(ours.converged)
+
+
+@pytest.mark.parametrize(("noise", "huge"), [(0.9, 1), (0.1, 100)])
+def test_the_objective_beside_many_axes(noise, huge):
+    """A hundredth and a millionth of the energy is left, where a difference of sums loses digits.
+
+    With columns a hundred times larger than the others, plain eigenvectors in float32 would lose
+    1e-5 of these.
+    """
+    rng = np.random.default_rng(1)
+    Z = rng.normal(size=(3000, 60)) @ rng.normal(size=(60, 290))
+    Z = Z + noise * rng.normal(size=Z.shape)
+    Z[:, [7, 100]] *= huge
+    Z = (Z + 10).astype(np.float32)
+    assert pca.plan(KEY, width=290, num_samples=3000, num_concepts=(62,))[0].narrow
+    found = alone(pca)(jnp.asarray(Z), KEY, num_samples=3000, num_concepts=62)
+    check_axes(Z, found, 62)
+    centred = Z.astype(np.float64) - Z.mean(axis=0, dtype=np.float64)
+    basis = np.linalg.qr(np.asarray(found.components, np.float64).T)[0]
+    left = 0.5 * np.sum((centred - centred @ basis @ basis.T) ** 2)
+    np.testing.assert_allclose(found.objective, left, rtol=3e-6)
+    assert float(found.history[0]) == float(found.objective)
+    scores = centred @ np.asarray(found.components, np.float64).T
+    np.testing.assert_allclose(found.activations, scores, atol=1e-6 * np.abs(scores).max())
 
 
 def test_what_is_narrow():
@@ -373,11 +397,17 @@ def test_one_program_for_numbers_of_rows_that_are_padded_to_one():
     np.testing.assert_allclose(found.activations[:10], expected.transform(Z), atol=1e-3)
 
 
-def test_small_eigenvalues_beside_huge_ones():
-    """Eight digits between the first and the last: an SVD of [300, 300] in float32 keeps two."""
+@pytest.mark.parametrize(
+    ("huge", "steep"),
+    [([1e2, 3e2, 5e2], False), ([1e4] * 3, True), ([1e7, 1e5, 1e3], True)],
+    ids=["apart", "eight digits", "steps"],
+)
+def test_small_eigenvalues_beside_huge_ones(huge, steep):
+    """With eight digits between the first and the last, eigenvectors in float32 keep none of it."""
     rng = np.random.default_rng(0)
-    scores = rng.normal(size=(900, 200)) * np.r_[[1e4] * 3, 0.98 ** np.arange(197)]
-    values, axes = pca.principal(jnp.asarray(scores.T @ scores, jnp.float32), 150)
+    scores = rng.normal(size=(900, 200)) * np.r_[huge, 0.98 ** np.arange(197)]
+    overlaps = jnp.asarray(scores.T @ scores, jnp.float32)
+    values, axes = jax.jit(pca.principal, static_argnums=(1, 2))(overlaps, 150, steep)
     expected = np.linalg.svd(scores, compute_uv=False) ** 2
     np.testing.assert_allclose(values[:150], expected[:150], rtol=1e-4)
     np.testing.assert_allclose(axes.T @ axes, np.eye(200), atol=1e-5)
