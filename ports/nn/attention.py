@@ -130,7 +130,9 @@ def attend(
     """
     scalar = scalar or query.shape[-1]
     options = {"causal": causal, "window": window, "scalar": scalar, "softcap": softcap}
-    kernel = _kernel(query, key, mask, jax.default_backend(), causal, window, softcap)
+    backend = jax.default_backend()
+    widest = _widest_on_gpus() if backend == "gpu" else 0
+    kernel = _kernel(query, key, mask, backend, causal, window, softcap, widest)
     if kernel is not None:
         return kernel(query, key, value, mask, **options)
     keys, values = cache_layout(key, value)
@@ -325,8 +327,12 @@ def _kernel(
     causal: bool,
     window: int | None,
     softcap: float | None,
+    widest: int = 0,
 ) -> Callable[..., Array] | None:
-    """Returns the accelerator's own kernel if it computes this attention; else None."""
+    """Returns the accelerator's own kernel if it computes this attention; else None.
+
+    `widest` is that of `widest_head`, for GPUs.
+    """
     length, slots, width = query.shape[1], key.shape[1], query.shape[-1]
     placed = causal or window is not None
     if min(length, slots) < LANES or (placed and length != slots) or (window and not causal):
@@ -335,8 +341,31 @@ def _kernel(
     if backend == "gpu" and softcap is None and query.dtype in (jnp.bfloat16, jnp.float16):
         # A mask, with cuDNN a bias, needs even lengths for its gradient.
         even = mask is None or not (length % 2 or slots % 2)
-        return _attend_on_gpu if width % 8 == 0 and width <= 128 and even else None
+        return _attend_on_gpu if width % 8 == 0 and width <= widest and even else None
     return _attend_on_tpu if backend == "tpu" and by_key else None
+
+
+def widest_head(platform_version: str, capabilities: Sequence[str | None]) -> int:
+    """Returns the greatest width of a head that cuDNN's attention computes on some GPUs.
+
+    Args:
+        platform_version: what the backend says of itself; only CUDA has cuDNN.
+        capabilities: compute capability of each GPU, such as "8.0".
+
+    Returns:
+        128; 0 if a GPU is older than Ampere, which flash attention needs, or unknown.
+    """
+    # jax also takes 256 from Hopper on. It was never run here.
+    found = [tuple(map(int, (said or "0").split("."))) for said in capabilities]
+    return 128 if "cuda" in platform_version and min(found, default=(0,)) >= (8, 0) else 0
+
+
+@functools.cache
+def _widest_on_gpus() -> int:
+    from jax.extend import backend
+
+    capabilities = [getattr(each, "compute_capability", None) for each in jax.local_devices()]
+    return widest_head(backend.get_backend().platform_version, capabilities)
 
 
 def _attend_on_gpu(
@@ -351,6 +380,23 @@ def _attend_on_gpu(
 ) -> Array:
     """Computes attention with cuDNN, which also skips what `causal` and `window` hide."""
     del softcap
+    attend = functools.partial(_cudnn, causal=causal, window=window, scalar=scalar)
+    masks = () if mask is None else (mask,)
+    # jax's own partitioning rule wants queries and keys to be divided alike, and does not look at
+    # the mask's rows.
+    return sharding.by_head(_rows_merged(attend), query, key, value, *masks)
+
+
+def _cudnn(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array | None = None,
+    *,
+    causal: bool,
+    window: int | None,
+    scalar: float,
+) -> Array:
     if mask is not None:
         shape = (*mask.shape[:2], query.shape[1], key.shape[1])
         mask = jnp.broadcast_to(mask, shape)
@@ -364,6 +410,64 @@ def _attend_on_gpu(
         local_window_size=None if window is None else (window - 1, 0),
         implementation="cudnn",
     )
+
+
+def _rows_merged(attend: Callable[..., Array]) -> Callable[..., Array]:
+    """Returns `attend`, for which `jax.vmap` merges its axis into the rows.
+
+    jax's own rule for cuDNN's attention (0.10.2) takes no mask with one row for all heads, and no
+    query, keys and values of which only some are mapped. A gradient still follows it: no rule of
+    one's own can be differentiated.
+
+    Args:
+        attend: (query, key, value) or (query, key, value, mask [B or 1, ...]) -> like query.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def merged(*arrays: Array) -> Array:
+        return attend(*arrays)
+
+    @merged.def_vmap
+    def merge(size: int, mapped: Sequence[bool], *arrays: Array) -> tuple[Array, bool]:
+        rows = arrays[0].shape[int(mapped[0])]
+
+        def flat(x: Array, is_mapped: bool, is_mask: bool) -> Array:
+            if is_mask and not is_mapped and len(x) == 1:
+                return x  # of all rows
+            x = x if is_mapped else x[None]
+            return jnp.broadcast_to(x, (size, rows, *x.shape[2:])).reshape(-1, *x.shape[2:])
+
+        y = merged(*(flat(x, mapped[i], i == 3) for i, x in enumerate(arrays)))
+        return y.reshape(size, rows, *y.shape[1:]), True
+
+    @jax.custom_batching.custom_vmap
+    def checked(*arrays: Array) -> tuple[Array, ...]:
+        return arrays
+
+    @checked.def_vmap
+    def check(
+        size: int, mapped: Sequence[bool], *arrays: Array
+    ) -> tuple[tuple[Array, ...], tuple[bool, ...]]:
+        del size
+        if len(arrays) > 3 or not all(mapped):
+            raise NotImplementedError(
+                "gradients through attention in half precision can't be mapped by jax.vmap on a "
+                "GPU; use jax.lax.map, or load the model in float32"
+            )
+        return arrays, tuple(mapped)
+
+    @jax.custom_vjp
+    def call(*arrays: Array) -> Array:
+        return merged(*arrays)
+
+    def forward(*arrays: Array) -> tuple[Array, Callable[..., Any]]:
+        return jax.vjp(attend, *checked(*arrays))
+
+    def backward(pull: Callable[..., Any], gradient: Array) -> Any:
+        return pull(gradient)
+
+    call.defvjp(forward, backward)
+    return call
 
 
 def _attend_on_tpu(

@@ -343,28 +343,29 @@ def by_head(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    visible: jax.Array,
+    *more: jax.Array,
 ) -> jax.Array:
     """Calls a kernel that the compiler can't divide for the rows and whole heads of each device.
 
     Args:
-        attend: (query, key, value, visible) -> an array like query.
+        attend: (query, key, value, *more) -> an array like query.
         query: [B, T, H, C].
         key: [B, S, N, C], with H a multiple of N.
         value: [B, S, N, C].
-        visible: [B, S].
+        *more: [B or 1, ...], what each row's queries see.
 
     Returns:
         The result, with the sharding of `heads`.
     """
     mesh = _mesh.get()
     if mesh is None:
-        return attend(query, key, value, visible)
+        return attend(query, key, value, *more)
     rows = _fits(mesh, RULES["batch"], len(query))
     spec = PartitionSpec(rows, None, _fits(mesh, RULES["kv_heads"], key.shape[2]))
-    specs = (spec, spec, spec, PartitionSpec(rows))
+    own = (PartitionSpec(rows if len(x) == len(query) else None) for x in more)
+    specs = (spec, spec, spec, *own)
     call = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)
-    return call(query, key, value, visible)
+    return call(query, key, value, *more)
 
 
 def heads(x: jax.Array, axis: str = "heads") -> jax.Array:

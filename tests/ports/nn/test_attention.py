@@ -230,6 +230,7 @@ def test_the_kernel_of_tpus_equals_plain_attention(kind, monkeypatch):
         ("gpu", {"length": 577, "slots": 577}, None),  # odd, with a mask
         ("gpu", {"length": 577, "slots": 577, "mask": None}, attention._attend_on_gpu),
         ("gpu", {"length": 1}, None),
+        ("gpu", {"widest": 0}, None),
         ("tpu", {"softcap": 30.0, "dtype": jnp.float32}, attention._attend_on_tpu),
         ("tpu", {"mask": jax.ShapeDtypeStruct((1, 1, 640, 640), bool)}, None),
         ("tpu", {"length": 128}, None),  # causal, but not from the first position on
@@ -242,13 +243,120 @@ def test_which_kernel_is_used(backend, changes, expected):
         "dtype": jnp.bfloat16,
         "mask": jax.ShapeDtypeStruct((1, 1, 1, 640), bool),
         "softcap": None,
+        "widest": 128,
     } | changes
     query, key = (
         jax.ShapeDtypeStruct((1, given[name], 8, 64), given["dtype"])
         for name in ("length", "slots")
     )
-    found = attention._kernel(query, key, given["mask"], backend, True, None, given["softcap"])
+    found = attention._kernel(
+        query, key, given["mask"], backend, True, None, given["softcap"], given["widest"]
+    )
     assert found is expected
+
+
+def test_which_gpus_have_the_kernel():
+    version = "PJRT C API\ncuda 12090"
+    assert attention.widest_head(version, ["8.0"]) == 128
+    assert attention.widest_head(version, ["10.3", "9.0"]) == 128
+    for older in ("7.5", "7.0"):  # T4 and V100
+        assert attention.widest_head(version, ["8.6", older]) == 0
+    assert attention.widest_head(version, [None]) == 0
+    assert attention.widest_head(version, []) == 0
+    assert attention.widest_head("PJRT C API\nrocm 60300", ["9.4"]) == 0
+
+
+class TestCudnn:
+    """What is asked of cuDNN: its own numbers need a GPU, its calls can be read on any machine."""
+
+    @staticmethod
+    def plain(query, key, value, mask=None, *, causal, window, scalar):
+        """Computes what cuDNN would, of arrays that have the same rows; a mask may have one."""
+        assert len(query) == len(key) == len(value)
+        assert mask is None or len(mask) in (1, len(query))
+        keys, values = attention.cache_layout(key, value)
+        return attention._attend_plainly(query, keys, values, mask, causal, window, scalar, None)
+
+    @pytest.fixture
+    def attend(self, monkeypatch):
+        monkeypatch.setattr(attention, "_cudnn", self.plain)
+        options = {"causal": True, "window": None, "scalar": 4, "softcap": None}
+        return partial(attention._attend_on_gpu, **options)
+
+    MASKS = (None, TOKENS[:, None, None], TOKENS[1:, None, None])
+
+    @pytest.mark.parametrize("mapped", ["q", "k", "kv", "qkv", "m", "qm"])
+    def test_a_mapped_axis_becomes_rows(self, attend, mapped):
+        masks = [mask for mask in self.MASKS if mask is not None or "m" not in mapped]
+        for mask in masks:
+            given = [*arrays(), *([] if mask is None else [jnp.asarray(mask)])]
+            axes = [0 if name in mapped else None for name in "qkvm"[: len(given)]]
+            random = np.random.default_rng(5)
+            given = [
+                x
+                if axis is None
+                else random.random((3, *x.shape)) < 0.7
+                if x.dtype == bool
+                else random.standard_normal((3, *x.shape), np.float32)
+                for x, axis in zip(given, axes, strict=True)
+            ]
+
+            def run(*given):
+                return attend(*given) if len(given) > 3 else attend(*given, None)
+
+            got = jax.jit(jax.vmap(run, axes))(*given)
+            for i in range(3):
+                one = [x if axis is None else x[i] for x, axis in zip(given, axes, strict=True)]
+                np.testing.assert_allclose(got[i], run(*one), rtol=0, atol=1e-6)
+
+    def test_two_mapped_axes(self, attend):
+        query, key, value = arrays()
+        tokens = jnp.asarray(self.MASKS[1])
+        scales = jnp.array([1.0, 2.0, 3.0])
+        run = lambda a, b: attend(a * query, b * key, value, tokens)  # noqa: E731
+        got = jax.vmap(jax.vmap(run, (None, 0)), (0, None))(scales, scales[:2])
+        np.testing.assert_allclose(got[2, 1], run(3.0, 2.0), rtol=0, atol=1e-6)
+
+    def test_gradients(self, attend):
+        query, key, value = arrays()
+        mask = jnp.asarray(self.MASKS[1])
+        weights = jnp.cos(jnp.arange(query.size)).reshape(query.shape)
+        weights = weights * TOKENS[:, :, None, None]
+
+        def loss(attend, *given):
+            return (attend(*given, mask) * weights).sum()
+
+        ours, expected = (
+            jax.grad(partial(loss, way), (0, 1, 2))(query, key, value)
+            for way in (attend, partial(attention.attend, causal=True))
+        )
+        for one, other in zip(ours, expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+        gradient = jax.grad(loss, 1)
+        mapped = jax.vmap(lambda a: gradient(attend, a * query, key, value))
+        with helpers.raises_line(NotImplementedError, "jax.vmap on a GPU", "jax.lax.map"):
+            mapped(jnp.ones(2))
+
+    @pytest.mark.parametrize("mapped", [False, True])
+    def test_the_call_for_gpus(self, monkeypatch, mapped):
+        """Lowered for CUDA: queries, keys and the mask as a bias have the same rows."""
+        cudnn = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+        monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+        query, key = (jax.ShapeDtypeStruct((2, 128, heads, 64), jnp.bfloat16) for heads in (6, 2))
+        tokens = jax.ShapeDtypeStruct((2, 1, 1, 128), bool)
+        options = {"causal": True, "window": 40, "scalar": 64, "softcap": None}
+        run = partial(attention._attend_on_gpu, **options)
+        if mapped:
+            query = jax.ShapeDtypeStruct((5, *query.shape), query.dtype)
+            run = jax.vmap(run, (0, None, None, None))
+        lowered = jax.jit(run).trace(query, key, key, tokens).lower(lowering_platforms=("cuda",))
+        (call,) = [line for line in lowered.as_text().splitlines() if "__cudnn$fmha" in line]
+        rows = 10 if mapped else 2
+        of_key = f"tensor<{rows}x128x2x64xbf16>"
+        operands = (
+            f"(tensor<{rows}x128x6x64xbf16>, {of_key}, {of_key}, tensor<{rows}x1x128x128xbf16>)"
+        )
+        assert f": {operands} -> " in call
 
 
 ON_A_MESH = """
@@ -280,7 +388,23 @@ for shape in ((2, 4), (1, 8)):
             given = [sharding.heads(x, "kv_heads") for x in given]
             return attention.attend(*given, mask, **options)
 
-    for ours in (kernel, blocks):
+    # cuDNN's call, with plain attention in its place: keys and values are already divided by heads
+    # or whole on each device, and the mask is whole.
+    def plain(query, key, value, mask=None, *, causal, window, scalar):
+        assert mask is None or len(mask) in (1, len(query))
+        assert query.shape[2] % key.shape[2] == 0
+        keys, values = attention.cache_layout(key, value)
+        return attention._attend_plainly(query, keys, values, mask, causal, window, scalar, None)
+
+    attention._cudnn = plain
+
+    @jax.jit
+    def cudnn(query, key, value):
+        with sharding.on(mesh):
+            given = sharding.heads(query), *(sharding.heads(x, "kv_heads") for x in (key, value))
+            return attention._attend_on_gpu(*given, mask, scalar=4, **options)
+
+    for ours in (kernel, blocks, cudnn):
         error = np.abs(ours(query, key, value) - expected)[:, 20:].max()
         assert error < 1e-5, (shape, error)
     attention.ACCELERATOR_WHOLE = 1 << 16
