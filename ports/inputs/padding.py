@@ -3,7 +3,7 @@
 B batch, T positions.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
 import jax
@@ -45,6 +45,45 @@ def bucket_count(count: int) -> int:
     """
     step = 1 << max(0, (count - 1).bit_length() - 3)
     return -(-count // step) * step
+
+
+def count_pieces(count: int, rows: int, multiple: int = 1) -> int:
+    """Rounds a number of images, crops, tiles or frames up to the number that is compiled.
+
+    Args:
+        count: their number.
+        rows: number of prompts, B. One piece per prompt is left alone, as are no pieces.
+        multiple: number of devices that share them; a number that it does not divide would be
+            computed as a whole on each of them.
+
+    Returns:
+        The padded number.
+    """
+    if count in (0, rows):
+        return count
+    return -(-bucket_count(count) // multiple) * multiple
+
+
+def pad_pieces(
+    arrays: Mapping[str, np.ndarray], names: Collection[str], rows: int, multiple: int = 1
+) -> dict[str, np.ndarray]:
+    """Appends zeros to the arrays with an entry per image, crop, tile or frame.
+
+    Args:
+        arrays: arrays of a batch.
+        names: those to pad (`Port.pieces`).
+        rows: as for `count_pieces`.
+        multiple: as for `count_pieces`.
+
+    Returns:
+        The arrays; others are unchanged.
+    """
+
+    def padded(value: np.ndarray) -> np.ndarray:
+        missing = count_pieces(len(value), rows, multiple) - len(value)
+        return np.pad(value, [(0, missing)] + [(0, 0)] * (value.ndim - 1)) if missing else value
+
+    return {name: padded(value) if name in names else value for name, value in arrays.items()}
 
 
 # A batch's canvas of patches is padded to multiples of 1 / _CANVAS_STEPS of the tower's own grid.

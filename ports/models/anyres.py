@@ -152,15 +152,13 @@ def with_ends(features: Features, rows: int, end: int) -> Features:
 
 
 def tiles_of(pixels: np.ndarray, counts: Sequence[int]) -> np.ndarray:
-    """Returns the tiles [tiles, 3, height, width] of pictures, padded to one of a few numbers.
+    """Returns the tiles [tiles, 3, height, width] of pictures.
 
     Args:
         pixels: [I, tiles, 3, height, width], filled up to the picture with most tiles.
         counts: number of tiles of each picture.
     """
-    tiles = np.concatenate([each[:count] for each, count in zip(pixels, counts, strict=True)])
-    missing = padding.bucket_count(len(tiles)) - len(tiles)
-    return np.pad(tiles, [(0, missing), (0, 0), (0, 0), (0, 0)])
+    return np.concatenate([each[:count] for each, count in zip(pixels, counts, strict=True)])
 
 
 def layout_of(size: Size, tiles: Size, vision: Any, shape: Size, places: np.ndarray) -> PatchLayout:

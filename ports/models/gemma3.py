@@ -126,5 +126,6 @@ PORT = Port(
     prepare_inputs=llava_like.prepare_inputs,
     canonical_name=llava_like.canonical_name,
     transformers_name=llava_like.transformers_name,
+    pieces=("pixel_values",),  # crops of pan and scan
     patch_layout=llava_like.patch_layout,
 )

@@ -19,7 +19,6 @@ import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 
-from ports.inputs import padding
 from ports.inputs import patch_layout as patches
 from ports.inputs.patch_layout import Layouts, PatchLayout
 from ports.models import idefics2, smolvlm_processor
@@ -152,8 +151,7 @@ def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str
     """Rearranges the processor's arrays so that few programs are compiled.
 
     Padding images are dropped, which leaves one image per row: pixel_values[I, 1, 3, height,
-    width]; from nine on, images of zeros, which give no features, are added up to one of a few
-    numbers.
+    width].
 
     Args:
         config: the model's configuration.
@@ -187,10 +185,7 @@ def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str
         "(an image whose values are all zero counts as padding)",
     )
     if num_images:
-        missing = padding.bucket_count(num_images) - num_images
-        arrays["pixel_values"], arrays["pixel_attention_mask"] = (
-            np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))[:, None] for x in images
-        )
+        arrays["pixel_values"], arrays["pixel_attention_mask"] = (x[:, None] for x in images)
     return arrays
 
 
@@ -237,6 +232,7 @@ PORT = Port(
     example_inputs=idefics2.example_inputs,
     prepare_inputs=prepare_inputs,
     canonical_name=idefics2.canonical_name,
+    pieces=("pixel_values", "pixel_attention_mask"),
     patch_layout=patch_layout,
 )
 SMOLVLM = dataclasses.replace(

@@ -364,6 +364,7 @@ PORT = Port(
     prepare_inputs=prepare_inputs,
     canonical_name=functools.partial(llava_like.canonical_name, level=""),
     transformers_name=llava_like.transformers_name,
+    pieces=("pixel_values",),
     patch_layout=patch_layout,
     read_processor=Processor.read,
     takes_videos=True,

@@ -336,4 +336,5 @@ PORT = Port(
     read_processor=read_processor,
     complete_processor=complete_processor,
     patch_layout=patch_layout,
+    crops_pictures=True,
 )

@@ -100,6 +100,8 @@ class Config(llava.Config):
         return Features.joined([whole, anyres.with_ends(kept, shape[0], end)])
 
 
+# Row of the table of the vector that ends rows: after all tiles, whatever their number.
+LAST = -1
 INPUTS = ("input_ids", "attention_mask", "position_ids", "pixel_values", "image_sizes")
 
 
@@ -167,10 +169,10 @@ def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str
     sizes, pixels = arrays.pop("image_sizes", None), arrays.pop("pixel_values", None)
     sizes = check_sizes(config, pixels, sizes)
     counts = [1 + rows * columns for rows, columns in map(config.tiles, sizes)]
-    tiles, end = tiles_and_end(config, pixels, counts)
+    tiles = tiles_of(pixels, counts)
     starts = config.vision.num_patches * np.cumsum([0, *counts])
     features = Features.joined(
-        config.features(size, int(first), end)
+        config.features(size, int(first), LAST)
         for size, first in zip(sizes, starts[:-1], strict=True)
     )
     vision_language.check_image_tokens(
@@ -187,23 +189,20 @@ def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str
     return arrays | {"pixel_values": tiles, "feature_rows": index, "feature_weights": weight}
 
 
-def tiles_and_end(
-    config: Config, pixels: np.ndarray | None, counts: list[int]
-) -> tuple[np.ndarray | None, int]:
-    """Returns the tiles, if there are any, and the row of the table after all of their patches.
+def tiles_of(pixels: np.ndarray | None, counts: list[int]) -> np.ndarray | None:
+    """Returns the tiles of the pictures, if there are any.
 
     Raises:
         ValueError: there are fewer tiles than the sizes of the images need.
     """
     if pixels is None or not counts:
-        return None, 0
+        return None
     if pixels.shape[1] < max(counts):
         raise ValueError(
             f"pixel_values has {pixels.shape[1]} tiles per image, but an image of its size has "
             f"{max(counts)}; pass pixel_values and image_sizes of one call of the processor"
         )
-    tiles = anyres.tiles_of(pixels, counts)
-    return tiles, len(tiles) * config.vision.num_patches
+    return anyres.tiles_of(pixels, counts)
 
 
 def check_sizes(
@@ -258,5 +257,6 @@ PORT = Port(
     canonical_name=llava_like.canonical_name,
     transformers_name=llava_like.transformers_name,
     complete_processor=llava.complete_processor,
+    pieces=("pixel_values",),
     patch_layout=patch_layout,
 )

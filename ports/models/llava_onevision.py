@@ -18,8 +18,8 @@ from typing import Any, Self
 import jax.numpy as jnp
 import numpy as np
 
-from ports.inputs import padding, processor
 from ports.inputs import patch_layout as patches
+from ports.inputs import processor
 from ports.inputs.patch_layout import Layouts, PatchLayout
 from ports.inputs.videos import Clip, SquareSettings
 from ports.models import anyres, llava_like, llava_next, port
@@ -135,7 +135,7 @@ def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str
         1 + math.prod(config.tiles(size)) if tiled else 1
         for size, tiled in zip(sizes, in_tiles, strict=True)
     ]
-    tiles, end = llava_next.tiles_and_end(config, pixels, counts)
+    tiles, end = llava_next.tiles_of(pixels, counts), llava_next.LAST
     starts = config.vision.num_patches * np.cumsum([0, *counts])
     features = Features.joined(
         config.features(size, int(first), end) if tiled else config.whole(int(first), end)
@@ -185,9 +185,9 @@ def _with_videos(config: Config, arrays: dict[str, np.ndarray]) -> dict[str, np.
         )
     count, frames = (0, 0) if videos is None else videos.shape[:2]
     per_video = frames * config.vision.num_patches
-    padded = padding.bucket_count(count * frames) if count else 0
-    end = padded * config.vision.num_patches
-    features = Features.joined(config.video(frames, i * per_video, end) for i in range(count))
+    features = Features.joined(
+        config.video(frames, i * per_video, llava_next.LAST) for i in range(count)
+    )
     vision_language.check_image_tokens(
         arrays["input_ids"],
         config.image_tokens[1:],
@@ -200,7 +200,6 @@ def _with_videos(config: Config, arrays: dict[str, np.ndarray]) -> dict[str, np.
         return arrays
     flat = videos.reshape(-1, *videos.shape[2:])
     index, weight = features.padded()
-    flat = np.pad(flat, [(0, padded - len(flat)), (0, 0), (0, 0), (0, 0)])
     return arrays | {"frames": flat, "video_rows": index, "video_weights": weight}
 
 
@@ -304,5 +303,6 @@ PORT = Port(
     read_processor=Processor.read,
     takes_videos=True,
     complete_processor=complete_processor,
+    pieces=("pixel_values", "frames"),
     patch_layout=patch_layout,
 )

@@ -167,9 +167,16 @@ class Port:
             stored in other pieces than the module's (see `ports.checkpoint.fused`).
         per_position: further arrays with one row per sample and one column per position -> their
             fill value for padding.
+        pieces: the module's arrays with one entry per image, crop, tile or frame, to which entries
+            of zeros may be added: no tokens stand for them. From nine on, they are added up to one
+            of a few numbers, for which few programs are compiled, and on a mesh up to a multiple of
+            the devices that share a batch.
         patch_layout: (config, arrays, read_processor) -> where the states of image tokens come
             from, for each row, with boxes as fractions of what the model saw (see
             `ports.inputs.patch_layout`); read_processor() is None if the checkpoint has none.
+        crops_pictures: whether the processor crops pictures, or pads them to a square, before the
+            model sees them as a whole. The tiles of other families are cut from whole pictures,
+            whatever their processor says of cropping.
         takes_videos: whether `read_processor` returns a `ports.inputs.processor.VideoProcessor`.
         options: arguments of `ports.load` that set a field of the configuration -> their allowed
             values, the default first.
@@ -189,8 +196,10 @@ class Port:
     image_text: str = "{}"
     rearrange: Callable[[Any, Mapping[str, Any]], dict[str, Any]] = leave_tensors
     per_position: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    pieces: tuple[str, ...] = ()
     patch_layout: LayOut | None = None
     options: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    crops_pictures: bool = False
     takes_videos: bool = False
 
     def hub_name(self, module: str) -> str:

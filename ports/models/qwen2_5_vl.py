@@ -215,6 +215,7 @@ PORT = Port(
     read_processor=Processor.read,
     takes_videos=True,
     image_text=qwen2_vl.PORT.image_text,
+    pieces=qwen2_vl.PIECES,
     patch_layout=qwen2_vl.patch_layout,
     options={"video_positions": VIDEO_POSITIONS},
 )

@@ -240,5 +240,6 @@ PORT = Port(
     read_processor=Processor.read,
     takes_videos=True,
     image_text=qwen2_vl.PORT.image_text,
+    pieces=qwen2_vl.PIECES,
     patch_layout=qwen2_vl.patch_layout,
 )

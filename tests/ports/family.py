@@ -19,7 +19,7 @@ import torch
 import transformers
 
 import ports
-from ports import checkpoint, description
+from ports import checkpoint, description, passes
 from ports.checkpoint import peft_io
 from ports.decoding import tail
 from ports.intervene import lora
@@ -143,6 +143,22 @@ def check_logits(family: Family, inputs: Inputs) -> None:
     assert_logits(family.vlm.forward(inputs).logits, logits, inputs)
     arrays = {name: inputs[name] for name in family.port.inputs if name in inputs}
     assert_logits(jax.jit(family.vlm.apply)(family.vlm.params, arrays), logits, inputs)
+
+
+def check_pieces(family: Family, nine: Inputs, ten: Inputs) -> None:
+    """Checks that batches of nine and of ten tiles or frames share a program, in which those that
+    are added change nothing.
+    """
+    vlm = family.vlm
+    tower = next(site for site in vlm.sites if not vlm.module.is_of_decoder(site))
+    logits, _ = family.torch_forward(nine)
+    output = vlm.forward(nine, sites=[tower])
+    assert_logits(output.logits, logits, nine)
+    before = passes.forward._cache_size()
+    full = vlm.forward(ten, sites=[tower])
+    assert passes.forward._cache_size() == before
+    assert (len(output.states[tower]), len(full.states[tower])) == (9, 10)
+    np.testing.assert_array_equal(vlm.states(nine, sites=[tower])[tower], output.states[tower])
 
 
 def check_marked_cells(family: Family, inputs: Inputs) -> None:

@@ -60,7 +60,7 @@ def example_inputs(config: Config, batch: int = 1, length: int | None = None) ->
 
 
 def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Checks the processor's arrays, and pads crops and features to one of a few numbers.
+    """Checks the processor's arrays, and pads features to one of a few numbers.
 
     Args:
         config: the model's configuration.
@@ -95,10 +95,10 @@ def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str
     expected = f"one per row of {kind[1]}, from one call of the processor"
     ids = arrays["input_ids"]
     vision_language.check_image_tokens(ids, is_patch, count, len(pooling), expected, what)
-    missing = padding.bucket_count(crops) - crops, padding.bucket_count(len(pooling)) - len(pooling)
+    missing = padding.bucket_count(len(pooling)) - len(pooling)
     return arrays | {
-        KINDS[0][0]: np.pad(pixels, [(0, missing[0]), (0, 0), (0, 0)]),
-        KINDS[0][1]: np.pad(pooling, [(0, missing[1]), (0, 0)], constant_values=-1),
+        KINDS[0][0]: pixels,
+        KINDS[0][1]: np.pad(pooling, [(0, missing), (0, 0)], constant_values=-1),
     }
 
 

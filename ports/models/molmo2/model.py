@@ -100,6 +100,7 @@ PORT = Port(
     canonical_name=canonical_name,
     read_processor=read_processor,
     takes_videos=True,
+    pieces=KINDS[0][:1],
     patch_layout=patch_layout,
     rearrange=rearrange,
 )

@@ -27,6 +27,7 @@ INPUTS = (
 )
 # Names of the patches and of their grids, for images and for videos.
 KINDS = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
+PIECES = tuple(pixels for pixels, _ in KINDS)  # each frame is one
 
 
 def example_inputs(config: Config, batch: int = 1, length: int | None = None) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from ports.models.qwen2_vl.config import VIDEO_POSITIONS, Config
 from ports.models.qwen2_vl.inputs import (
     INPUTS,
     KINDS,
+    PIECES,
     example_inputs,
     patch_layout,
     prepare_inputs,
@@ -140,9 +141,11 @@ class Qwen2VL(vision_language.VisionLanguageModel):
             frame = index - place  # a frame's number is the index of its first patch
             real = jnp.ones(index.shape, bool)
         else:
-            image, _ = _locate(jnp.arange(len(pixels))[:, None], grid[:, 0])
+            frame = jnp.arange(len(pixels))[:, None]
+            image, _ = _locate(frame, grid[:, 0])
             place = jnp.arange(pixels.shape[1])[None]
-            real = place < sizes[image]
+            # Frames beyond those of the grid are padding.
+            real = (place < sizes[image]) & (frame < grid[:, 0].sum())
             frame = jnp.where(real, 0, -1)
         places = qwen2_vision.patch_places(place, grid[image, 1], grid[image, 2], frame, merge)
         return places, real
@@ -242,6 +245,7 @@ PORT = Port(
     read_processor=Processor.read,
     takes_videos=True,
     image_text="<|vision_start|>{}<|vision_end|>",
+    pieces=PIECES,
     patch_layout=patch_layout,
     options={"video_positions": VIDEO_POSITIONS},
 )

@@ -28,6 +28,20 @@ def test_counts_by_hand():
     assert all(n <= count < n * 5 / 4 + 1 for n, count in enumerate(counts, 1))
 
 
+def test_pieces_by_hand():
+    # As many as rows are left alone, others are rounded up, and to a multiple of the devices.
+    assert [padding.count_pieces(count, 9) for count in (0, 7, 9, 11, 33)] == [0, 7, 9, 12, 40]
+    assert [padding.count_pieces(count, 9, 8) for count in (0, 7, 9, 11, 33)] == [0, 8, 9, 16, 40]
+    arrays = {"input_ids": np.zeros((2, 3)), "tiles": np.ones((9, 4)), "others": np.ones(9)}
+    padded = padding.pad_pieces(arrays, ("tiles", "frames"), 2)
+    assert {name: x.shape for name, x in padded.items()} == {
+        "input_ids": (2, 3),
+        "tiles": (10, 4),
+        "others": (9,),
+    }
+    assert padded["tiles"].sum(1).tolist() == [4] * 9 + [0]
+
+
 def test_rows_are_filled_up_on_the_left():
     arrays = {
         "input_ids": np.array([[7, 8]]),

@@ -74,6 +74,11 @@ def test_32_greedy_tokens_equal_pytorchs(intern):
 
 
 @pytest.mark.parametrize("intern", ["qwen2"], indirect=True)
+def test_nine_tiles_and_ten_share_a_program(intern):
+    family.check_pieces(intern, make_inputs([5, 4], [4, 9]), make_inputs([5, 5], [4, 9]))
+
+
+@pytest.mark.parametrize("intern", ["qwen2"], indirect=True)
 def test_questions_share_a_picture(intern, monkeypatch):
     inputs = make_inputs([2, 2], [18, 21])
     family.check_questions(intern, inputs, monkeypatch, (0, 1, 1, 0))

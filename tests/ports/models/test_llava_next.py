@@ -293,3 +293,15 @@ class TestPhotographs:
             values = bright[np.searchsorted(places, view.positions)]
             x0, y0, x1, y1 = view.boxes[np.unravel_index(values.argmax(), values.shape)]
             assert x0 <= 108 / 160 <= x1 and y0 <= 43 / 70 <= y1, view
+
+    def test_boxes_are_of_the_whole_picture_whatever_is_said_of_cropping(self, vlm, monkeypatch):
+        """The processor crops tiles, which then have the size of the crop already."""
+        own = vlm.processor.image_processor
+        monkeypatch.setattr(own, "do_center_crop", True)
+        monkeypatch.setattr(own, "size", {"shortest_edge": 28})
+        monkeypatch.setattr(own, "crop_size", {"height": 28, "width": 28})
+        inputs = vlm.process([vlm.render("what is it")], [Image.new("RGB", (160, 70))])
+        ((ours,),) = vlm.patch_layout(inputs, sizes=[[(70, 160)]])
+        ((expected,),) = vlm.patch_layout(inputs)
+        np.testing.assert_array_equal(ours.boxes, expected.boxes)
+        assert ours.boxes[..., 2].max() == 1.0

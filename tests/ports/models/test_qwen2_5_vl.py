@@ -69,6 +69,12 @@ def test_32_greedy_tokens_equal_pytorchs(qwen, inputs):
     family.check_generation(qwen, inputs)
 
 
+def test_nine_frames_and_ten_share_a_program(qwen):
+    videos = (make_inputs([[(t, 4, 6)], [(5, 4, 6)]], [5, 19]) for t in (4, 5))
+    seconds = {"second_per_grid_ts": VIDEOS["second_per_grid_ts"]}
+    family.check_pieces(qwen, *(inputs | seconds for inputs in videos))
+
+
 def test_steering_is_a_hook(qwen):
     family.check_steering(qwen, IMAGES)
 
