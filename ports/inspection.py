@@ -33,11 +33,15 @@ class BatchNeeds(NamedTuple):
     cache: int  # keys and values of T + M positions
     states: int  # states of the chosen sites, at all T positions
     logits: int  # [B, T, V], returned by a forward pass but not by generation
-    largest: int  # the largest output of one module; a few of these are alive at a time
+    # The largest output of one module, of the head for the last position alone; a few of these are
+    # alive at a time.
+    largest: int
 
     @property
     def total(self) -> int:
-        """Lower bound of the bytes needed: parameters, cache, states and the largest output."""
+        """Lower bound of the bytes needed for generation on one device: parameters, cache, states
+        and the largest output.
+        """
         return self.parameters + self.cache + self.states + self.largest
 
 
@@ -47,6 +51,7 @@ class Placement(NamedTuple):
     mesh: tuple[int, int]  # (data, model)
     device_bytes: int  # bytes of parameters on each device
     share: float  # device_bytes over the model's bytes; 1 / model if everything is sharded
+    total: int  # lower bound of the bytes needed on each device, see `BatchNeeds.total`
     notes: tuple[str, ...]  # what is replicated rather than sharded, and why
 
 
@@ -61,13 +66,22 @@ class Inspection(NamedTuple):
     no_prompt: str | None  # why there is no prompt
     needs: BatchNeeds
     devices: str
-    device_bytes: int | None  # memory of all devices together
+    device_bytes: int | None  # memory of one device; of CPU devices, which share it, the host's
+    shared_memory: bool  # whether the devices share `device_bytes`
     placement: Placement | None  # None without a mesh
 
     @property
     def fits(self) -> bool | None:
-        """Whether it fits on the available devices; None if their memory is unknown."""
-        return None if self.device_bytes is None else self.needs.total <= self.device_bytes
+        """Whether it fits on devices such as the available ones, of which it takes as many as the
+        mesh has, or one; None if their memory is unknown. False is certain, True is not: `total` is
+        a lower bound.
+        """
+        if self.device_bytes is None:
+            return None
+        if self.placement is None:
+            return self.needs.total <= self.device_bytes
+        count = math.prod(self.placement.mesh) if self.shared_memory else 1
+        return count * self.placement.total <= self.device_bytes
 
 
 def inspect(
@@ -116,10 +130,13 @@ def inspect(
         cache=vlm.cache_bytes(rows, length + new_tokens),
         states=_bytes(states),
         logits=_bytes(logits),
-        # Logits are float32 in every dtype.
-        largest=max(_bytes(logits), *(width * math.prod(shape) for shape in shapes.values())),
+        # Logits are float32 in every dtype, and those of all positions are of `forward` alone.
+        largest=max(
+            _bytes(logits) // length,
+            *(width * math.prod(shape) for shape in shapes.values() if shape != logits.shape),
+        ),
     )
-    devices, memory = _devices()
+    devices, memory, shared = _devices()
     return Inspection(
         model_type=vlm.config.model_type,
         dtype=vlm.dtype.name,
@@ -130,15 +147,22 @@ def inspect(
         needs=needs,
         devices=devices,
         device_bytes=memory,
-        placement=None if mesh is None else _placement(vlm, mesh),
+        shared_memory=shared,
+        placement=None if mesh is None else _placement(vlm, mesh, needs),
     )
 
 
-def _placement(vlm: VLM, mesh: tuple[int, int]) -> Placement:
+def _placement(vlm: VLM, mesh: tuple[int, int], needs: BatchNeeds) -> Placement:
     placed = sharding.abstract_mesh(*mesh)
     shardings = sharding.param_shardings(placed, vlm.params, vlm.axes, vlm.kv_heads)
     size = sharding.parameter_bytes(vlm.params, shardings)
-    return Placement(mesh, size, size / _bytes(vlm.params), _notes(vlm, mesh[1]))
+    # Rows that do not divide evenly are on every device, and so are key-value heads.
+    data, model = mesh
+    rows = data if needs.batch_size % data == 0 else 1
+    heads = 1 if vlm.sizes.text.num_kv_heads % model else model
+    # At least: states of the residual stream are divided by rows alone.
+    rest = needs.cache // (rows * heads) + (needs.states + needs.largest) // (rows * model)
+    return Placement(mesh, size, size / _bytes(vlm.params), size + rest, _notes(vlm, model))
 
 
 def _notes(vlm: VLM, devices: int) -> tuple[str, ...]:
@@ -184,13 +208,14 @@ def _bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _devices() -> tuple[str, int | None]:
+def _devices() -> tuple[str, int | None, bool]:
+    """Returns the devices' name, the memory of one, and whether they share it."""
     devices = jax.devices()
     name = f"{len(devices)} x {devices[0].device_kind}"
-    stats = [device.memory_stats() or {} for device in devices]
+    # Of this process: those of others do not say.
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
     if all("bytes_limit" in s for s in stats):
-        return name, sum(s["bytes_limit"] for s in stats)
+        return name, min(s["bytes_limit"] for s in stats), False
     if devices[0].platform != "cpu":
-        return name, None
-    # CPU devices share the host's memory.
-    return name, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return name, None, False
+    return name, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), True

@@ -83,8 +83,14 @@ class LoadedModel:
 
         Raises:
             FileNotFoundError: as for `ports.load`.
-            ValueError: as for `ports.load`.
+            ValueError: as for `ports.load`, or the model has an adapter already: `adapter`, which
+                is recorded with results, names one.
         """
+        if self.adapter is not None:
+            raise ValueError(
+                f"the model has the adapter {self.adapter} merged already; use the model without "
+                "it, or merge both with peft's add_weighted_adapter and use the result"
+            )
         directory = hub.find_directory(directory, peft_io.EXPECTED)
         adapter = self.read_adapter(directory)
         model = copy.copy(self)
@@ -411,9 +417,7 @@ class LoadedModel:
         # Where the head is tied to the embeddings, the last site is the norm before it.
         return self.site_shapes[last][-1] != self.config.get_text_config().hidden_size
 
-    def find_sites(
-        self, names: str | Sequence[str], *, generated: bool = False, one_state: bool = False
-    ) -> dict[str, str]:
+    def find_sites(self, names: str | Sequence[str], *, generated: bool = False) -> dict[str, str]:
         """Finds sites by name or pattern.
 
         Args:
@@ -421,14 +425,12 @@ class LoadedModel:
                 single site's name ("layers.3" is the decoder's), or patterns such as "layers.*"
                 (see `ports.intervene.sites.match_sites`); or one of these.
             generated: only accept sites that have a state for each generated token.
-            one_state: refuse sites of the decoder with a state for each head, [B, T, H, C].
 
         Returns:
             {name: site}; sites that a pattern matches appear under their own name.
 
         Raises:
-            ValueError: a name matches no site, or a site without states for generated tokens, or
-                with one for each head.
+            ValueError: a name matches no site, or a site without states for generated tokens.
         """
         decoder = [site for site in self.sites if self.module.is_of_decoder(site)]
         inside = decoder if generated else self.sites
@@ -439,22 +441,16 @@ class LoadedModel:
                 f"site {outside[0]!r} has no states for generated tokens; "
                 f"choose sites below {self.decoder!r}, or use forward"
             )
-        for site in asked.values() if one_state else ():
-            if len(shape := self.site_shapes[site]) == 4 and self.module.is_of_decoder(site):
-                raise ValueError(
-                    f"site {site!r} has a state for each of {shape[2]} heads; choose a site with "
-                    "one state per token, such as the output of its layer"
-                )
         return asked
 
     def check_sites(
-        self, sites: str | Sequence[str], *, generated: bool = False, one_state: bool = False
+        self, sites: str | Sequence[str], *, generated: bool = False
     ) -> tuple[str, ...]:
         """Returns the sites found by `find_sites`, each once.
 
         Args:
             sites: names and patterns, as for `find_sites`.
-            generated, one_state: as for `find_sites`.
+            generated: as for `find_sites`.
 
         Returns:
             The sites.
@@ -462,14 +458,14 @@ class LoadedModel:
         Raises:
             ValueError: as for `find_sites`.
         """
-        return distinct(self.find_sites(sites, generated=generated, one_state=one_state))
+        return distinct(self.find_sites(sites, generated=generated))
 
-    def find_site(self, name: str, *, generated: bool = False, one_state: bool = False) -> str:
+    def find_site(self, name: str, *, generated: bool = False) -> str:
         """Finds the only site that matches a name or pattern.
 
         Args:
             name: a name or pattern, as for `find_sites`.
-            generated, one_state: as for `find_sites`.
+            generated: as for `find_sites`.
 
         Returns:
             The site.
@@ -477,7 +473,7 @@ class LoadedModel:
         Raises:
             ValueError: no site or several sites match.
         """
-        found, *others = self.check_sites([name], generated=generated, one_state=one_state)
+        found, *others = self.check_sites([name], generated=generated)
         if others:
             names = (found, *others)
             raise ValueError(f"{name!r} matches {len(names)} sites, {few(names)}; choose one")

@@ -107,7 +107,7 @@ def unembed(model: VisionLanguageModel, params: dict, x: Array, method: str) -> 
         "sites",
         "prompt_states",
         "variants",
-        "edits_prompt",
+        "at_prompt",
     ]
 )
 def generate(

@@ -16,7 +16,7 @@ from ports.inputs import common_prefix, model_inputs, padding, patch_layout, pro
 from ports.inputs.common_prefix import Shared
 from ports.inputs.patch_layout import Layouts
 from ports.intervene import layout
-from ports.intervene.edits import Edit, Edits, as_edits, edits_prompt, is_same_for_rows
+from ports.intervene.edits import Edits, as_edits, at_prompt, is_same_for_rows, only
 from ports.intervene.sites import find_sites
 from ports.loaded_model import LoadedModel, distinct
 from ports.nn.vision_language import ImageStates, Inputs
@@ -93,7 +93,7 @@ class VLM(LoadedModel):
             self.module, self.params, self._place(arrays), edits, distinct(asked), mesh=self._mesh
         )
         length = arrays["input_ids"].shape[1]
-        return Output(logits[:, -length:], self._cut(states, asked, length))
+        return Output(logits[:, -length:], self._cut(states, asked, arrays))
 
     def states(
         self,
@@ -117,7 +117,9 @@ class VLM(LoadedModel):
         """
         arrays, asked = self._check(inputs), self.find_sites(sites)
         edits, arrays = self._lay_out(edits, arrays)
-        length, chosen = arrays["input_ids"].shape[1], distinct(asked)
+        # Those of generated tokens change nothing here, and may differ between rows.
+        edits = only(edits, at_prompt([edits]))
+        chosen = distinct(asked)
         aligned, shared = arrays, None
         # Of what comes before text and pictures are joined there are no states by position, and of
         # the head only those of the last position.
@@ -127,11 +129,11 @@ class VLM(LoadedModel):
             states = passes.states(
                 self.module, self.params, self._place(arrays), edits, chosen, mesh=self._mesh
             )
-            return self._cut(states, asked, length)
+            return self._cut(states, asked, arrays)
         states = passes.states(
             self.module, self.params, self._place(aligned), edits, chosen, shared
         )
-        return padding.realign(arrays, self._cut(states, asked, length))
+        return padding.realign(arrays, self._cut(states, asked, arrays))
 
     def generate(
         self,
@@ -180,7 +182,7 @@ class VLM(LoadedModel):
             arrays, divided, edits, max_new_tokens, distinct(asked), sampling, [edits]
         )
         result = passes.generate(*arguments, **options, prompt_states=prompt_states)
-        states = self._cut(result.prompt_states, asked, checked["input_ids"].shape[1])
+        states = self._cut(result.prompt_states, asked, checked)
         return result._replace(
             states=_by_name(result.states, asked), prompt_states=padding.realign(checked, states)
         )
@@ -342,7 +344,7 @@ class VLM(LoadedModel):
             "pad_token": self.pad_token,
             "sites": sites,
             "mesh": self._mesh,
-            "edits_prompt": any(map(edits_prompt, _edits_of(variants))),
+            "at_prompt": at_prompt(variants),
             "shared": shared,
         }
         rules, aligned = self._rules(arrays), self._place(aligned)
@@ -362,8 +364,11 @@ class VLM(LoadedModel):
         """
         own, tokens = self._port.per_position, self.image_tokens
         arrays = padding.align_right(arrays, own)
-        at_prompt = filter(edits_prompt, _edits_of(variants))
-        if self._mesh is not None or not all(map(is_same_for_rows, at_prompt)):
+        among = at_prompt(variants)
+        early = (
+            edit for edits in variants for listed in only(edits, among).values() for edit in listed
+        )
+        if self._mesh is not None or not all(map(is_same_for_rows, early)):
             return arrays, None
         places = padding.FILL.keys() | own.keys()
         rows = {name: value for name, value in arrays.items() if name in places}
@@ -385,12 +390,19 @@ class VLM(LoadedModel):
             return arrays, None
         slots = shared.prefix["input_ids"].shape[1] + shared.tokens.shape[1] + max_new_tokens
         text = self.sizes.text
+        # Beginnings alone would be rotated as in a shorter context.
+        if text.rope.kind == "dynamic" and rows["attention_mask"].sum(1).max() > text.rope.length:
+            return arrays, None
         windows = filter(None, map(text.window_of, range(text.num_layers)))
         # Padding between tokens must not count in a window.
         if min(windows, default=slots) < slots:
             return arrays, None
         if is_given:
             shared = shared._replace(prefix=self._port.prepare_inputs(self.sizes, shared.prefix))
+        prefix = padding.pad_pieces(
+            shared.prefix, self._port.pieces, len(shared.prefix["input_ids"])
+        )
+        shared = shared._replace(prefix=prefix)
         return rows, jax.tree.map(jnp.asarray, shared)
 
     def _rules(self, arrays: Mapping[str, np.ndarray], multiple: int = 1) -> logits.Rules | None:
@@ -542,8 +554,8 @@ class VLM(LoadedModel):
         Args:
             inputs: the arrays from the checkpoint's processor.
             sizes: (height, width) in pixels of the original pictures of each row. Only processors
-                that cut off edges (LLaVA-1.5's crops the middle) need them; without them, boxes are
-                fractions of the picture that the model saw.
+                that cut off edges (LLaVA-1.5's crops the middle) or pad them need them; without
+                them, boxes are fractions of the picture that the model saw.
 
         Returns:
             For each row its pictures in the order of the prompt (a video frame by frame): their
@@ -564,7 +576,9 @@ class VLM(LoadedModel):
         layouts = self._port.patch_layout(self.sizes, arrays, read_processor)
         if sizes is None:
             return layouts
-        image_processor = getattr(read_processor(), "image_processor", None)
+        image_processor = None
+        if self._port.crops_pictures:
+            image_processor = getattr(read_processor(), "image_processor", None)
         return patch_layout.in_original(layouts, sizes, image_processor)
 
     def _lay_out(
@@ -597,11 +611,18 @@ class VLM(LoadedModel):
         return sharding.everywhere(laid, self._mesh), padding.with_columns(arrays)
 
     def _cut(
-        self, states: dict[str, Array], asked: Mapping[str, str], length: int
+        self, states: dict[str, Array], asked: Mapping[str, str], arrays: Mapping[str, np.ndarray]
     ) -> dict[str, Array]:
-        """Returns the states under the requested names, without the padding to the bucket."""
+        """Returns the states under the requested names, without the padding of `_padded`."""
+        rows, length = arrays["input_ids"].shape
+        counts = {len(arrays[name]) for name in self._port.pieces if name in arrays}
+        padded = {padding.count_pieces(n, rows, self._num_shares): n for n in counts}
+        # Of images and of videos, those of the tower are not told apart.
+        padded = padded if len(counts) == 1 else {}
         cut = {
-            site: value[:, -length:] if self.module.is_of_decoder(site) else value
+            site: value[:, -length:]
+            if self.module.is_of_decoder(site)
+            else value[: padded.get(len(value))]
             for site, value in states.items()
         }
         return _by_name(cut, asked)
@@ -640,14 +661,18 @@ class VLM(LoadedModel):
         return self._place(self._check(inputs))
 
     def _padded(self, arrays: dict[str, np.ndarray], multiple: int = 1) -> dict[str, np.ndarray]:
+        arrays = padding.pad_pieces(
+            arrays, self._port.pieces, len(arrays["input_ids"]), self._num_shares
+        )
         return padding.pad_to_bucket(arrays, self.pad_token, self._port.per_position, multiple)
+
+    @property
+    def _num_shares(self) -> int:
+        """Number of groups of devices that share a batch."""
+        return 1 if self._mesh is None else self._mesh.shape["data"]
 
     def _place(self, arrays: dict[str, np.ndarray], multiple: int = 1) -> dict[str, Array]:
         return sharding.put_batch(self._padded(arrays, multiple), self._mesh)
-
-
-def _edits_of(variants: Sequence[layout.LaidOut]) -> Iterator[Edit]:
-    return (edit for laid in variants for listed in laid.values() for edit in listed)
 
 
 def _by_name(states: dict[str, Array], asked: Mapping[str, str]) -> dict[str, Array]:

@@ -17,7 +17,7 @@ from ports.decoding.logits import Rules, process, read_prompt
 from ports.decoding.prefill import prefill, read, run
 from ports.decoding.sampling import Sampling, draw
 from ports.inputs.common_prefix import Shared
-from ports.intervene.edits import Edits
+from ports.intervene.edits import Edits, as_edits, only
 from ports.messages import few
 from ports.nn import decoder, vision_language
 from ports.tables import html_arrays, kind, named_states
@@ -102,7 +102,7 @@ def generate(
     sites: tuple[str, ...] = (),
     prompt_states: bool = False,
     variants: bool = False,
-    edits_prompt: bool = True,
+    at_prompt: frozenset[tuple[str, int]] | None = None,
 ) -> Generation:
     """Prefills the cache with the prompt and decodes until every row has ended. Pure; jit it.
 
@@ -115,14 +115,15 @@ def generate(
         edits: edits of the residual stream, applied in the prefill and in every step.
         rules: changes of the logits before a token is chosen.
         shared: the same prompts, divided so that equal beginnings are computed once. The edits
-            that reach the prompt must be the same for all rows.
+            in `at_prompt` must be the same for all rows.
         max_new_tokens: maximum number of new tokens per row, M.
         eos_tokens: ids that end a row.
         pad_token: id that fills a row after its end.
         sites: sites whose states are returned.
         prompt_states: also return the states of the prompt.
         variants: the arrays of the edits have a leading axis A, and so do the returned arrays.
-        edits_prompt: False if all edits are for generated tokens alone.
+        at_prompt: the edits, by site and index, that are not for generated tokens alone; None for
+            all.
 
     Returns:
         Tokens and states of all rows.
@@ -139,14 +140,14 @@ def generate(
         return run(model, params, edits, sites, caches, "decode_step", *args)
 
     edits = edits or {}
-    at_prompt = edits if edits_prompt else {}
+    prefilling = edits if at_prompt is None else only(as_edits(edits), at_prompt)
     # The vision tower runs only in the prefill.
     later = {site: listed for site, listed in edits.items() if model.is_of_decoder(site)}
     if variants:
         # vmap here, not around the loop: a mapped loop would copy the whole cache at every step.
         # Layers before the first edited one are computed, and their cache stored, only once.
-        axes = model.prompt_cache_axes(at_prompt)
-        if at_prompt:
+        axes = model.prompt_cache_axes(prefilling)
+        if prefilling:
             fill = jax.vmap(fill, out_axes=(0, axes, 0))
         axes = {"prompt_cache": axes, "cache": 0}
         decode_step = jax.vmap(decode_step, in_axes=(0, axes, 0, None, None, None, None))
@@ -159,8 +160,8 @@ def generate(
     def is_finite(logits: Array) -> Array:
         return jnp.isfinite(logits).all(-1)
 
-    logits, cache, prefilled = fill(at_prompt)
-    if variants and not at_prompt:
+    logits, cache, prefilled = fill(prefilling)
+    if variants and not prefilling:
         count = len(jax.tree.leaves(edits)[0])
         logits, prefilled = jax.tree.map(
             lambda x: jnp.broadcast_to(x, (count, *x.shape)), (logits, prefilled)

@@ -152,7 +152,7 @@ def in_original(
     Args:
         layouts: the layouts.
         sizes: for each row the (height, width) of its pictures.
-        processor: transformers' processor of images.
+        processor: transformers' processor of images; None if the model sees whole pictures.
 
     Raises:
         ValueError: `sizes` has other rows or pictures than the layouts.
@@ -167,25 +167,42 @@ def in_original(
     for row, pictures in zip(layouts, sizes, strict=True):
         moved.append([])
         for layout, (height, width) in zip(row, pictures, strict=True):
-            x0, y0, x1, y1 = centre_crop(processor, height, width)
+            x0, y0, x1, y1 = seen_part(processor, height, width)
             boxes = layout.boxes * (x1 - x0, y1 - y0, x1 - x0, y1 - y0) + (x0, y0, x0, y0)
             moved[-1].append(dataclasses.replace(layout, boxes=boxes.clip(0, 1)))
     return moved
 
 
-def centre_crop(processor: Any, height: int, width: int) -> Box:
-    """Returns the part of a picture that a processor of images leaves.
+def seen_part(processor: Any, height: int, width: int) -> Box:
+    """Returns the part of a picture that a processor of single images shows to the model.
 
     Args:
-        processor: transformers' processor of images: its `size`, `crop_size` and `do_center_crop`.
+        processor: transformers' processor of images: its `do_pad` (LLaVA's, to a square), `size`,
+            `crop_size` and `do_center_crop`.
         height: pixels of the picture.
         width: pixels of the picture.
 
     Returns:
-        The box that is left after resizing and cropping; the whole picture without cropping.
+        The box that is left after padding, resizing and cropping, as fractions of the picture; it
+        reaches beyond the picture where the model sees padding.
     """
-    if not getattr(processor, "do_center_crop", False):
-        return ALL
+    # The picture lies in the middle of the square.
+    sides, starts = (height, width), (0, 0)
+    if getattr(processor, "do_pad", False) and hasattr(processor, "pad_to_square"):
+        sides = (max(height, width),) * 2
+        starts = tuple((max(sides) - side) // 2 for side in (height, width))
+    kept = [(0.0, 1.0)] * 2
+    if getattr(processor, "do_center_crop", False):
+        kept = _centre_crop(processor, *sides)
+    (y0, y1), (x0, x1) = (
+        ((first * side - start) / own, (end * side - start) / own)
+        for (first, end), side, start, own in zip(kept, sides, starts, (height, width), strict=True)
+    )
+    return x0, y0, x1, y1
+
+
+def _centre_crop(processor: Any, height: int, width: int) -> list[tuple[float, float]]:
+    """Returns where the crop begins and ends along height and width, as fractions of them."""
     size, crop = processor.size, processor.crop_size
     short = size.get("shortest_edge")
     if short is not None:
@@ -197,5 +214,4 @@ def centre_crop(processor: Any, height: int, width: int) -> Box:
         # Smaller pictures are padded on both sides: then the box reaches beyond the picture.
         start = (side - kept) // 2
         edges.append((start / side, (start + kept) / side))
-    (y0, y1), (x0, x1) = edges
-    return x0, y0, x1, y1
+    return edges

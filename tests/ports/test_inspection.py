@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -85,6 +86,54 @@ def test_models_of_seven_billion_parameters(tmp_path, name, parameters, image_to
 def test_an_unknown_site(vlm):
     with pytest.raises(ValueError, match=r"no site matches 'layers\.99'"):
         inspection.inspect(vlm, sites=["layers.99"])
+
+
+def test_logits_of_all_positions_are_not_among_what_generation_needs(vlm):
+    needs = inspection.inspect(vlm, batch_size=64).needs
+    # The widest output is that of the embeddings, the tower's or an MLP's; the vocabulary is wider.
+    assert needs.logits > needs.largest
+    assert needs.largest >= 64 * needs.bucket * 384 * 4
+    assert needs.total == needs.parameters + needs.cache + needs.states + needs.largest
+
+
+class TestVerdict:
+    """On devices of an accelerator: the memory of one counts, and what is on it."""
+
+    @pytest.fixture
+    def on_devices(self, monkeypatch):
+        """on_devices(bytes) makes the devices say that they have so much memory each."""
+
+        def make(size: int) -> None:
+            device = SimpleNamespace(
+                device_kind="chip", platform="tpu", memory_stats=lambda: {"bytes_limit": size}
+            )
+            monkeypatch.setattr(jax, "devices", lambda: [device] * 8)
+            monkeypatch.setattr(jax, "local_devices", lambda: [device] * 8)
+
+        return make
+
+    @pytest.mark.parametrize("mesh", [None, (8, 1), (1, 2), (2, 2)])
+    def test_by_hand(self, vlm, on_devices, mesh):
+        needs = inspection.inspect(vlm, batch_size=8, mesh=mesh).needs
+        data, model = mesh or (1, 1)
+        sharded = inspection.inspect(vlm, batch_size=8, mesh=(1, model)).placement
+        rest = needs.cache + needs.states + needs.largest
+        own = sharded.device_bytes + rest // (data * model)
+        assert own >= needs.parameters / model
+        for size, fits in ((own - 8, False), (own + 8, True)):
+            on_devices(size)
+            result = inspection.inspect(vlm, batch_size=8, mesh=mesh)
+            assert result.fits is fits and result.device_bytes == size
+            out = io.StringIO()
+            inspect.show(result, Console(file=out, width=100))
+            assert " GB each: " + ("fits" if fits else "does not fit") in out.getvalue()
+
+    def test_cpu_devices_share_the_hosts_memory(self, vlm):
+        result = inspection.inspect(vlm, batch_size=8, mesh=(2, 4))
+        total = 8 * result.placement.total
+        assert result.shared_memory
+        assert not result._replace(device_bytes=total - 1).fits
+        assert result._replace(device_bytes=total).fits
 
 
 class TestMesh:

@@ -48,7 +48,7 @@ def show(inspection: "Inspection", console: Console) -> None:
         ("keys and values", needs.cache),
         ("stored states of the chosen sites", needs.states),
         ("largest output of one module", needs.largest),
-        ("minimum total", needs.total),
+        ("minimum total on one device", needs.total),
         ("logits of all positions (forward only)", needs.logits),
     ):
         table.add_row(label, f"{size / 1e9:,.3f} GB")
@@ -58,13 +58,15 @@ def show(inspection: "Inspection", console: Console) -> None:
         data, model = placement.mesh
         console.print(
             f"mesh {data} x {model}: parameters {placement.device_bytes / 1e9:,.3f} GB per device, "
-            f"{placement.share * model:.3f} x (model / {model})",
+            f"{placement.share * model:.3f} x (model / {model}); minimum total "
+            f"{placement.total / 1e9:,.3f} GB per device",
             highlight=False,
         )
         for note in placement.notes:
             console.print(note, highlight=False, soft_wrap=True)
     memory = inspection.device_bytes
-    have = "unknown memory" if memory is None else f"{memory / 1e9:,.1f} GB"
+    each = "" if inspection.shared_memory else " each"
+    have = "unknown memory" if memory is None else f"{memory / 1e9:,.1f} GB{each}"
     verdict = {True: "fits", False: "does not fit", None: "can't tell whether it fits"}[
         inspection.fits
     ]

@@ -41,8 +41,7 @@ class Selection:
         argument: the word, the class (or words separated by commas), the index, the range, the id
             of a token (or several, separated by commas), end tokens besides the model's own,
             separated by spaces, or the maximum number of image tokens per sample.
-        generated_only: by default True for token-of-interest, class, token-id and
-            before-special-tokens.
+        generated_only: by default True for token-of-interest, class and before-special-tokens.
         how: one of token_positions.HOWS; by default "mean" for all, range and
             before-special-tokens, "each" for image, else "first". The positions of a word are those
             of its tokens: "first" is the one from which its first token was predicted.
@@ -277,7 +276,7 @@ class Selection:
         """Returns the rows of a batch.
 
         Args:
-            states: an array [B, P, D] or [B, P, H, C], or a tree of them.
+            states: an array [B, P, D] or a tree of them.
             positions: as for `keep`.
             found: as for `keep`.
             end_ids: as for `keep`.

@@ -1,7 +1,8 @@
 """How the solvers' programs are compiled."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import jax
@@ -30,32 +31,27 @@ if jax.__version_info__ < (0, 13):
     _EIGEN["xla_cpu_experimental_ynn_fusion_type"] = ""
 
 
-class Jitted:
-    """A function with the programs of `jit`."""
+def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Like `jax.jit`, but compiles quickly for small arrays on a CPU; also works when traced.
 
-    def __init__(self, function: Callable[..., Any], options: Mapping[str, Any]):
-        self._function, self._options = function, options
-        self._plain = jax.jit(function, **options)
-        self._with_options: dict[tuple, Any] = {}
+    Options of the compiler that XLA_FLAGS sets are left alone. An argument `plan` may say that its
+    loops are long (`has_long_loops`), which are then compiled with more care, or that it multiplies
+    rows with many columns (`has_wide_products`).
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
 
-    def __call__(self, *arguments: Any, **named: Any) -> Any:
-        """Runs the function."""
-        return self._chosen(arguments, named)(*arguments, **named)
+    @cache
+    def with_options(*chosen: tuple[str, bool | int | str]) -> Callable[..., Any]:
+        ours = {name: value for name, value in chosen if name not in flags}
+        return jax.jit(function, **options, compiler_options=ours)
 
-    def compiled(self, *arguments: Any, **named: Any) -> tuple[Any, jax.stages.Compiled]:
-        """Compiles for arrays, or for their shapes, without running; a call then finds the program.
+    plain = jax.jit(function, **options)
 
-        Returns:
-            the shapes of the results, and the program.
-        """
-        traced = self._chosen(arguments, named).trace(*arguments, **named)
-        return traced.out_info, traced.lower().compile()
-
-    def _chosen(self, arguments: tuple, named: Mapping[str, Any]) -> Any:
+    def call(*arguments: Any, **named: Any) -> Any:
         leaves = jax.tree.leaves((arguments, named))
         # Only an outermost program takes options.
         if any(isinstance(leaf, Tracer) for leaf in leaves) or jax.default_backend() != "cpu":
-            return self._plain
+            return plain(*arguments, **named)
         large = any(getattr(leaf, "size", 1) > PADDED for leaf in leaves)
         plan = named.get("plan")
         if getattr(plan, "has_long_loops", False):
@@ -64,23 +60,7 @@ class Jitted:
             chosen = {} if large else _QUICK
         if getattr(plan, "has_wide_products", False):
             chosen = chosen | _EIGEN
-        if not chosen:
-            return self._plain
-        key = tuple(chosen.items())
-        if key not in self._with_options:
-            flags = os.environ.get("XLA_FLAGS", "")
-            ours = {name: value for name, value in key if name not in flags}
-            self._with_options[key] = jax.jit(
-                self._function, **self._options, compiler_options=ours
-            )
-        return self._with_options[key]
+        compiled = with_options(*chosen.items()) if chosen else plain
+        return compiled(*arguments, **named)
 
-
-def jit(function: Callable[..., Any], **options: Any) -> Jitted:
-    """Like `jax.jit`, but compiles quickly for small arrays on a CPU; also works when traced.
-
-    Options of the compiler that XLA_FLAGS sets are left alone. An argument `plan` may say that its
-    loops are long (`has_long_loops`), which are then compiled with more care, or that it multiplies
-    rows with many columns (`has_wide_products`).
-    """
-    return Jitted(function, options)
+    return call

@@ -1,5 +1,8 @@
 """Several questions about one picture: tokens and states equal those of rows computed apart."""
 
+import copy
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -7,6 +10,7 @@ import ports
 from ports import passes
 from ports.inputs import common_prefix, padding
 from ports.intervene.edits import is_same_for_rows
+from ports.nn.rope import Rope
 
 from .. import helpers, idefics2_helpers, molmo_helpers, qwen2_vl_helpers
 from ..questions import QUESTIONS, ask, both
@@ -78,6 +82,24 @@ def test_states_without_generation(small, batch, encoded):
     assert encoded == [2, len(QUESTIONS)]  # of the head, a shared prefill has only the last states
 
 
+def test_rotation_that_depends_on_the_length(small, batch):
+    """Dynamic scaling rotates all of a prompt by its whole length, which beginnings do not know."""
+    longest = int(batch["attention_mask"].sum(1).max())
+    real = batch["attention_mask"] == 1
+    for length, is_shared in ((longest, True), (longest - 1, False)):
+        rope = Rope(500.0, "dynamic", 2.0, length)
+        sizes = dataclasses.replace(
+            small.vlm.sizes, text=dataclasses.replace(small.vlm.sizes.text, rope=rope)
+        )
+        vlm = copy.copy(small.vlm)
+        vlm.module = small.vlm.module.clone(config=sizes)
+        checked = {name: np.asarray(value) for name, value in batch.items()}
+        assert (vlm._divided(batch, checked, [])[1] is not None) == is_shared
+        states = vlm.states(batch, sites=[LAYER])[LAYER]
+        expected = vlm.forward(batch, sites=[LAYER]).states[LAYER]
+        assert helpers.relative_error(states, expected, real) < 1e-5
+
+
 @pytest.mark.parametrize("where", [*KINDS, {"at": [1, 25]}], ids=str)
 def test_edits_reach_the_same_positions(small, batch, where, monkeypatch):
     vector = np.random.default_rng(1).standard_normal(small.vlm.site_shapes[LAYER][-1])
@@ -88,6 +110,28 @@ def test_edits_reach_the_same_positions(small, batch, where, monkeypatch):
     assert helpers.relative_error(shared.states[LAYER], apart.states[LAYER]) < 1e-5
     ours, expected = (x.prompt_states[LAYER] for x in (shared, apart))
     assert helpers.relative_error(ours, expected, batch["attention_mask"] == 1) < 1e-5
+
+
+@pytest.mark.parametrize("first", ["all", "generated"])
+def test_vectors_of_single_rows_for_generated_tokens(small, batch, first, monkeypatch):
+    """Only the edits that reach the prompt see the beginnings, which have fewer rows."""
+    random, width = np.random.default_rng(1), small.vlm.site_shapes[LAYER][-1]
+    rows = random.standard_normal((len(QUESTIONS), width), np.float32)
+    strengths = np.linspace(0.5, 3, len(rows))
+    edits = {
+        LAYER: [
+            ports.add(rows[0], 2.0, first),
+            ports.add(rows, 3.0, "generated"),
+            ports.add(rows[1], strengths, "generated"),
+        ]
+    }
+    shared, apart = both(small.vlm, batch, monkeypatch, edits=edits, sites=[LAYER])
+    np.testing.assert_array_equal(shared.tokens, apart.tokens)
+    assert helpers.relative_error(shared.states[LAYER], apart.states[LAYER]) < 1e-5
+    states = small.vlm.states(batch, sites=[LAYER], edits=edits)
+    expected = small.vlm.forward(batch, sites=[LAYER], edits=edits).states
+    real = batch["attention_mask"] == 1
+    assert helpers.relative_error(states[LAYER], expected[LAYER], real) < 1e-5
 
 
 @pytest.mark.parametrize("where", ["all", "generated"])

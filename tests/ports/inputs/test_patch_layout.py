@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
@@ -66,14 +67,32 @@ class TestCropping:
 
     def test_the_middle_of_a_wide_picture(self):
         # 100 x 50 pixels become 80 x 40, of which columns 20 to 59 are left.
-        assert patch_layout.centre_crop(self.CLIP, 50, 100) == (0.25, 0, 0.75, 1)
+        assert patch_layout.seen_part(self.CLIP, 50, 100) == (0.25, 0, 0.75, 1)
         (row,) = patch_layout.in_original(
             [[patch_layout.grid(np.arange(4), 2, 2)]], [[(50, 100)]], self.CLIP
         )
         np.testing.assert_allclose(row[0].boxes[1, 0], [0.25, 0.5, 0.5, 1])
 
     def test_without_cropping(self):
-        assert patch_layout.centre_crop(SimpleNamespace(), 50, 100) == (0, 0, 1, 1)
+        assert patch_layout.seen_part(SimpleNamespace(), 50, 100) == (0, 0, 1, 1)
+
+    @pytest.mark.parametrize("shape", [(50, 100), (99, 40), (60, 60)], ids=str)
+    def test_a_picture_padded_to_a_square(self, shape):
+        """Where LLaVA's processor puts the picture among the padding, which is black."""
+        height, width = shape
+        processor = transformers.LlavaImageProcessorPil(
+            do_pad=True, do_resize=False, do_center_crop=False, do_rescale=False, image_mean=None
+        )
+        processor.do_normalize = False
+        white = Image.new("RGB", (width, height), "white")
+        pixels = np.asarray(processor(white, return_tensors="np")["pixel_values"][0, 0])
+        rows, columns = (np.flatnonzero(pixels.any(axis)) for axis in (1, 0))
+        side = max(shape)
+        x0, y0, x1, y1 = patch_layout.seen_part(processor, height, width)
+        # The square from the picture's point of view, and the picture from the square's.
+        np.testing.assert_allclose(rows[[0, -1]] + (0, 1), np.array([-y0, 1 - y0]) * height)
+        np.testing.assert_allclose(columns[[0, -1]] + (0, 1), np.array([-x0, 1 - x0]) * width)
+        np.testing.assert_allclose([(y1 - y0) * height, (x1 - x0) * width], side)
 
     def test_sizes_of_other_pictures(self):
         with helpers.raises_line(ValueError, "sizes has [0] pictures per row", "[1]"):

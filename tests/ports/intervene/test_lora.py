@@ -482,6 +482,16 @@ class TestMerged:
             lora.merge(small.vlm.params, wide)
 
 
+def test_a_second_adapter_is_refused(small, tmp_path):
+    """`adapter` could name only one of the two."""
+    write(small, tmp_path)
+    adapted = small.vlm.with_adapter(tmp_path)
+    for model in (adapted, adapted.with_generation_config({})):
+        with helpers.raises_line(ValueError, f"has the adapter {tmp_path} merged already"):
+            model.with_adapter(tmp_path)
+    assert small.vlm.adapter is None
+
+
 def test_an_adapter_begins_without_effect(small):
     shapes = lora.linear_layers(small.vlm.params)
     ranks = lora.Ranks(4, 8, rank_pattern={"fc1": 2})
