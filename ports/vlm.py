@@ -230,7 +230,7 @@ class VLM(LoadedModel):
             edits: as for `generate`; all reach the prompt and every step, where their positions
                 decide what they change.
             images: of `encode_images`, for the same images: the vision tower does not run again,
-                unless an edit changes what it or the token embeddings put out.
+                unless an edit changes its output or that of the token embeddings.
             pad_to_multiple_of: pad prompts to a multiple of this number of positions, so that those
                 of different lengths compile fewer programs.
 

@@ -34,7 +34,7 @@ LANES = 128  # the splash kernel's lengths are multiples of this
 
 
 class Heads(nn.Module):
-    """Joins what the heads put out, for the output projection; a module to be a site.
+    """Joins the outputs of the heads, for the output projection; a module to be a site.
 
     Every attention module calls it, by the name "heads": its site is where single heads are read
     and edited, the input of `o_proj` in PyTorch.
