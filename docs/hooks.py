@@ -33,6 +33,11 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Links to the pages of notebooks instead of the notebooks, which a checkout has."""
+    return re.sub(r"\]\((notebooks/[\w-]+)\.ipynb\)", r"](\1.md)", markdown)
+
+
 def on_post_page(output: str, page: Any, config: Any) -> str:
     """Checks that a page loads no script, style, font or picture from another host.
 

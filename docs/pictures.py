@@ -28,6 +28,7 @@ PAGE = Path(__file__).parent / "quickstart.md"
 _CONSOLE = re.compile(r"^```console\n.*?^```$", re.M | re.S)
 KEPT = ("scores.svg", "shift/overlap.svg", "steering/yes-no/answers.svg")
 NUM_CONCEPTS, NUM_IMAGES, NUM_WORDS = 6, 5, 5
+NUM_LINES = 5  # concepts of the quick start's console output
 
 
 def main() -> None:
@@ -43,10 +44,17 @@ def main() -> None:
         summary.show(result, Console(file=said, width=80))
     # The last sentence names a temporary file.
     text = said.getvalue().rpartition("Open ")[0].strip("\n")
-    lines = [line.rstrip() for line in text.splitlines()]
+    lines = shortened([line.rstrip() for line in text.splitlines()])
     page = PAGE.read_text("utf-8")
     shown = "```console\n" + "\n".join(lines) + "\n```"
     PAGE.write_text(_CONSOLE.sub(lambda _: shown, page, count=1), "utf-8")
+
+
+def shortened(lines: list[str]) -> list[str]:
+    """Returns the first concepts that the demo prints, and the sentences after its tables."""
+    concepts = [i for i, line in enumerate(lines) if re.match(r" \d+ +\d+ %", line)]
+    after = next(i for i, line in enumerate(lines) if line.startswith("Fine-tuned"))
+    return [*lines[: concepts[NUM_LINES]], " ...", *lines[after:]]
 
 
 def draw(concepts: Concepts, path: Path) -> None:

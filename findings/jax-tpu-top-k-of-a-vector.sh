@@ -3,8 +3,8 @@
 # same numbers as one row of a matrix it is a kernel.
 #
 # Compiled for a described v5e, as libtpu does on any machine. One would guess that [n] and [1, n] give the same
-# program, as the numbers lie in memory in the same way. The vector takes 30 times as much code and most of the
-# seconds of compiling; `top_k(x[None], k)` and two indices afterwards avoid it.
+# program, as the numbers lie in memory in the same way. The vector takes over 10 times as much code;
+# `top_k(x[None], k)` and two indices afterwards avoid it.
 #
 # Output seen (seconds differ between machines):
 #   (100000,): 2.78 MB of code, compiled in 7.6 CPU seconds

@@ -15,7 +15,7 @@ set -euo pipefail
 directory=$(mktemp -d)
 trap 'rm -rf "$directory"' EXIT
 python3 -m venv "$directory/venv"
-"$directory/venv/bin/pip" install --quiet torch==2.13.0 einops==0.8.2 scikit-learn==1.9.1 pillow tqdm
+"$directory/venv/bin/pip" install --quiet torch==2.13.0 einops==0.8.2 scikit-learn==1.9.1 pillow==13.0.0 tqdm==4.70.1
 "$directory/venv/bin/pip" install --quiet --no-deps overcomplete==0.3.0
 cat > "$directory/run.py" <<'PYTHON'
 import importlib.util

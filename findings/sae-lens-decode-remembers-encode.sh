@@ -5,7 +5,7 @@
 # encode and decode look like functions of their arguments, so one would guess that codes can be decoded later, twice,
 # or after an edit, as steering by features does. The mean and deviation of each row are kept in the SAE by encode and removed by decode:
 # decoding the same codes after an encode of other rows gives other reconstructions, without a word where the number of
-# rows is the same, and decoding twice raises AttributeError. "constant_norm_rescale" keeps its scale likewise.
+# rows is the same, and decoding twice raises AttributeError.
 #
 # Output seen:
 #   encode(a), decode: reconstructions up to 27.8

@@ -5,7 +5,7 @@
 # svd_solver="full". Since 1.5, "auto" takes "covariance_eigh" where there are ten times more rows than columns (of at
 # most 1,000), and that one forms the products of the rows as they are and then subtracts those of their mean: both
 # are about the square of the offset, and float32 has no digits left for their difference. Residual streams have such
-# columns ("massive activations"). An offset of 1,000, where deviations are 1 to 16, costs a per cent of the singular
+# columns ("massive activations"). An offset of 1,000, where deviations are 1 to 16, costs 1 % of the singular
 # values, 10,000 all their digits, without a warning.
 #
 # Output seen (the digits of "auto" depend on the BLAS):

@@ -5,7 +5,7 @@
 # Published code for steering and reading states takes `output[0]` of a decoder layer, since layers
 # returned tuples up to version 4, with the states of the batch first. One would guess that a layer
 # still does, or that all layers changed together, or that the old code raises. Most layers now return
-# the states themselves, so that [0] is the first row of the batch; those of GPT-Neo, BLOOM and MPT
+# the states themselves, so that [0] is the first row of the batch; those of GPT-Neo
 # return tuples as before. Nothing raises: with one prompt everything works, and with more the other
 # rows stay as they were. Reading `output[0]` loses the axis of the batch in the same way.
 #

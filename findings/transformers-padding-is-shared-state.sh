@@ -4,8 +4,8 @@
 # Padding is an argument of each call, so one would guess that calls do not know of each other, and that a tokenizer can be
 # shared by threads that prepare batches, as long as all of these pad. The setting lies in the tokenizer: each call writes
 # it where it differs from the last one, and then encodes. A helper that counts the tokens of a word, unpadded,
-# between the two steps of a padded call makes that call's rows ragged, which raises "Unable to create tensor" now and
-# then. Shown here without a race, by looking at the setting after each call.
+# between the two steps of a padded call makes that call's rows ragged.
+# Shown here without a race, by looking at the setting after each call.
 #
 # Output seen:
 #   after a padded call, pads with: <pad>

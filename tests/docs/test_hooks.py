@@ -51,6 +51,12 @@ def test_text_of_an_option_is_the_help_with_its_default(hooks):
     assert r"\[default: 20]" in line
 
 
+def test_links_to_notebooks_lead_to_their_pages_on_the_site(hooks):
+    markdown = "[a](notebooks/a-b.ipynb), [c](guides/c.md) and `notebooks/d.ipynb`"
+    got = hooks.on_page_markdown(markdown, None, None, None)
+    assert got == "[a](notebooks/a-b.md), [c](guides/c.md) and `notebooks/d.ipynb`"
+
+
 @pytest.mark.parametrize(
     "html",
     [

@@ -36,6 +36,15 @@ def test_links_to_files_lead_somewhere():
             assert (ROOT / target).exists(), f"{name} links to {target}"
 
 
+def test_links_between_pages_lead_somewhere_in_a_checkout():
+    docs = ROOT / "docs"
+    made = {docs / "commands.md"}  # by docs/hooks.py
+    for page in docs.rglob("*.md"):
+        for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
+            path = (page.parent / target).resolve()
+            assert path.exists() or path in made, f"{page} links to {target}"
+
+
 def test_files_that_pages_for_contributors_name_exist():
     for name in ("CONTRIBUTING.md", "ARCHITECTURE.md", "benchmarks/README.md"):
         text = (ROOT / name).read_text("utf-8")

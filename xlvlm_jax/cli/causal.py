@@ -79,7 +79,7 @@ def causal(
     strict: Strict = False,
     seed: Seed = 0,
 ) -> None:
-    """Add and remove every concept while the model answers; writes causal.json beside them."""
+    """Add and remove concepts while the model answers; writes causal.json beside them."""
     from xlvlm_jax import Concepts, Features
     from xlvlm_jax.causal import record as files
     from xlvlm_jax.causal import stage

@@ -33,7 +33,7 @@ Protocol = Annotated[
     typer.Option(
         is_eager=True,
         callback=_set_defaults,
-        help="xl-vlms: set all options so that the command computes what XL-VLMs computes; other "
-        "options on the command line take precedence.",
+        help="xl-vlms: set all options but --dtype so that the command computes what XL-VLMs "
+        "computes; other options on the command line take precedence.",
     ),
 ]

@@ -41,7 +41,8 @@ class Selection:
         argument: the word, the class (or words separated by commas), the index, the range, the id
             of a token (or several, separated by commas), end tokens besides the model's own,
             separated by spaces, or the maximum number of image tokens per sample.
-        generated_only: by default True for token-of-interest, class and before-special-tokens.
+        generated_only: by default True for token-of-interest, class, token-id and
+            before-special-tokens.
         how: one of token_positions.HOWS; by default "mean" for all, range and
             before-special-tokens, "each" for image, else "first". The positions of a word are those
             of its tokens: "first" is the one from which its first token was predicted.
