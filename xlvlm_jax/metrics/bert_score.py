@@ -59,7 +59,7 @@ class BertScorer:
         batch_size: number of pairs, and of sentences, per batch.
 
     Raises:
-        ValueError: the layer does not exist, or `idf` is empty.
+        ValueError: the layer does not exist, `idf` is empty, or its texts all have the same tokens.
     """
 
     def __init__(
@@ -133,6 +133,11 @@ class BertScorer:
         if not len(texts):
             raise ValueError("no texts to count document frequencies in; pass some, or omit idf")
         counts = Counter(token for ids in self._ids(texts) for token in set(ids))
+        if min(counts.values()) == len(texts):  # the package then scores a copy 0
+            raise ValueError(
+                f"every token is in all texts ({len(texts)}), so that none has a weight; pass texts "
+                "that differ, or omit idf"
+            )
         return lambda token: math.log((len(texts) + 1) / (counts[token] + 1))
 
     def _encode(self, texts: set[str]) -> None:

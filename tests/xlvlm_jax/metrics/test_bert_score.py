@@ -193,3 +193,6 @@ def test_messages(table):
         score(table, ["a", "b"], ["a", []])
     with pytest.raises(ValueError, match="no texts to count document frequencies in; pass some"):
         score(table, ["a"], ["a"], idf=[])
+    for texts in (["ab"], ["ab", "ab"]):
+        with pytest.raises(ValueError, match=rf"every token is in all texts \({len(texts)}\)"):
+            score(table, ["a"], ["a"], idf=texts)
