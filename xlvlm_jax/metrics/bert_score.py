@@ -135,8 +135,8 @@ class BertScorer:
         counts = Counter(token for ids in self._ids(texts) for token in set(ids))
         if min(counts.values()) == len(texts):  # the package then scores a copy 0
             raise ValueError(
-                f"every token is in all texts ({len(texts)}), so that none has a weight; pass texts "
-                "that differ, or omit idf"
+                f"every token is in all texts ({len(texts)}), so that none has a weight; pass "
+                "texts that differ, or omit idf"
             )
         return lambda token: math.log((len(texts) + 1) / (counts[token] + 1))
 
