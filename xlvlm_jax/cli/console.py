@@ -24,8 +24,18 @@ if TYPE_CHECKING:
     from xlvlm_jax.features.reader import Features
     from xlvlm_jax.solvers.phases import Standing, Tell
 
+
+class _Console(Console):
+    """Folds tables to the terminal's width, but leaves lines of text as they are: a path that is
+    folded cannot be copied or found by another program."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        text = all(isinstance(each, str | Text) for each in objects)
+        super().print(*objects, **{"soft_wrap": text} | options)
+
+
 # Answers, words and file names are text: "[/INST] yes" and "[a dog]" are not markup.
-console = Console(markup=False, emoji=False)
+console = _Console(markup=False, emoji=False)
 errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 

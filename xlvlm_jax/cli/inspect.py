@@ -63,7 +63,7 @@ def show(inspection: "Inspection", console: Console) -> None:
             highlight=False,
         )
         for note in placement.notes:
-            console.print(note, highlight=False, soft_wrap=True)
+            console.print(note, highlight=False)
     memory = inspection.device_bytes
     each = "" if inspection.shared_memory else " each"
     have = "unknown memory" if memory is None else f"{memory / 1e9:,.1f} GB{each}"

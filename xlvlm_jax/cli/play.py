@@ -85,7 +85,7 @@ def play(
             address = f"http://{server.HOST}:{listener.getsockname()[1]}/{token}/"
             shown = counted(len(items), "concept or vector", "concepts and vectors")
             console.print(f"{shown}; Ctrl-C ends the server", highlight=False)
-            console.print(address, highlight=False, soft_wrap=True)
+            console.print(address, highlight=False)
             if browser:
                 typer.launch(address)
             # Tabs that are open keep their connections; they need not be waited for.
