@@ -417,7 +417,9 @@ class LoadedModel:
         # Where the head is tied to the embeddings, the last site is the norm before it.
         return self.site_shapes[last][-1] != self.config.get_text_config().hidden_size
 
-    def find_sites(self, names: str | Sequence[str], *, generated: bool = False) -> dict[str, str]:
+    def find_sites(
+        self, names: str | Sequence[str], *, generated: bool = False, one_state: bool = False
+    ) -> dict[str, str]:
         """Finds sites by name or pattern.
 
         Args:
@@ -425,12 +427,14 @@ class LoadedModel:
                 single site's name ("layers.3" is the decoder's), or patterns such as "layers.*"
                 (see `ports.intervene.sites.match_sites`); or one of these.
             generated: only accept sites that have a state for each generated token.
+            one_state: refuse sites of the decoder with a state for each head, [B, T, H, C].
 
         Returns:
             {name: site}; sites that a pattern matches appear under their own name.
 
         Raises:
-            ValueError: a name matches no site, or a site without states for generated tokens.
+            ValueError: a name matches no site, or a site without states for generated tokens, or
+                with one for each head.
         """
         decoder = [site for site in self.sites if self.module.is_of_decoder(site)]
         inside = decoder if generated else self.sites
@@ -441,16 +445,22 @@ class LoadedModel:
                 f"site {outside[0]!r} has no states for generated tokens; "
                 f"choose sites below {self.decoder!r}, or use forward"
             )
+        for site in asked.values() if one_state else ():
+            if len(shape := self.site_shapes[site]) == 4 and self.module.is_of_decoder(site):
+                raise ValueError(
+                    f"site {site!r} has a state for each of {shape[2]} heads; choose a site with "
+                    "one state per token, such as the output of its layer"
+                )
         return asked
 
     def check_sites(
-        self, sites: str | Sequence[str], *, generated: bool = False
+        self, sites: str | Sequence[str], *, generated: bool = False, one_state: bool = False
     ) -> tuple[str, ...]:
         """Returns the sites found by `find_sites`, each once.
 
         Args:
             sites: names and patterns, as for `find_sites`.
-            generated: as for `find_sites`.
+            generated, one_state: as for `find_sites`.
 
         Returns:
             The sites.
@@ -458,14 +468,14 @@ class LoadedModel:
         Raises:
             ValueError: as for `find_sites`.
         """
-        return distinct(self.find_sites(sites, generated=generated))
+        return distinct(self.find_sites(sites, generated=generated, one_state=one_state))
 
-    def find_site(self, name: str, *, generated: bool = False) -> str:
+    def find_site(self, name: str, *, generated: bool = False, one_state: bool = False) -> str:
         """Finds the only site that matches a name or pattern.
 
         Args:
             name: a name or pattern, as for `find_sites`.
-            generated: as for `find_sites`.
+            generated, one_state: as for `find_sites`.
 
         Returns:
             The site.
@@ -473,7 +483,7 @@ class LoadedModel:
         Raises:
             ValueError: no site or several sites match.
         """
-        found, *others = self.check_sites([name], generated=generated)
+        found, *others = self.check_sites([name], generated=generated, one_state=one_state)
         if others:
             names = (found, *others)
             raise ValueError(f"{name!r} matches {len(names)} sites, {few(names)}; choose one")

@@ -72,7 +72,9 @@ class Edit:
     """One change of a module's output, made by `add`, `ablate`, `replace` and the like.
 
     States are usually [B, T, D]. In [N, D] each row is a position, and [D] is a single position;
-    axes between the first and the last two are all edited alike.
+    axes between the first and the last two are all edited alike. States [B, T, H, D] of a decoder,
+    such as those of norms of single heads, have their positions on the second axis: all heads of a
+    position are edited alike, unless a vector [B, T, H, D] has one for each.
 
     Attributes:
         vector: float[D], float[B, D] or float[B, T, D], see `add`; a pair (down[R, D], up[D, R])
@@ -130,6 +132,8 @@ class Edit:
         chosen, _ = self._locate(shape, places)
         if len(shape) < 3:
             return chosen.reshape(shape[:-1])
+        if token_axis(shape, places) == -3:
+            return chosen[..., None]
         return chosen.reshape(len(chosen), *(1,) * (len(shape) - 3), -1)
 
     def _locate(self, shape: tuple[int, ...], places: Places | None) -> tuple[Array, Array]:
@@ -156,7 +160,8 @@ class Edit:
             return chosen & found.any(-1), found.argmax(-1)
         if self.has_vector_per_position(len(shape)):
             # Tokens generated after the prompt have no vector.
-            chosen = chosen & (slots < np.shape(self.vector)[-2])
+            vectors = np.shape(self.vector)
+            chosen = chosen & (slots < vectors[token_axis(vectors, places)])
         return chosen, slots
 
     def __call__(self, states: Array, places: Places | None = None) -> Array:
@@ -188,6 +193,13 @@ class Edit:
         vector = jnp.asarray(self.vector, x.dtype)
         if x.ndim < 2 or vector.ndim == 1:
             return vector.reshape(-1)
+        if token_axis(x.shape, places) == -3:  # heads before positions, and back
+            vector = vector if vector.ndim < 4 else jnp.swapaxes(vector, 1, 2)
+            return jnp.swapaxes(self._over_rows(vector, jnp.swapaxes(x, 1, 2), places), 1, 2)
+        return self._over_rows(vector, x, places)
+
+    def _over_rows(self, vector: Array, x: Array, places: Places | None) -> Array:
+        """Returns vectors [B, D] or [..., T, D], broadcasting against the states x[..., T, D]."""
         each = self.has_vector_per_position(x.ndim)
         if not each or vector.ndim < x.ndim:
             between = (1,) * (x.ndim - vector.ndim)
@@ -197,6 +209,18 @@ class Edit:
         columns = self._locate(x.shape, places)[1]
         rows = (len(columns), *(1,) * (x.ndim - 3)) if x.ndim > 2 else ()
         return jnp.take_along_axis(vector, columns.reshape(*rows, -1, 1), axis=-2, mode="clip")
+
+
+def token_axis(shape: tuple[int, ...], places: Places | None) -> int:
+    """Returns the axis of the positions, from the end.
+
+    It is the second to last; in a decoder's states [B, T, H, D], one for each head, that before it.
+
+    Args:
+        shape: shape of the states.
+        places: what the positions are; None at a module whose positions are not tokens.
+    """
+    return -3 if places is not None and len(shape) == 4 else -2
 
 
 Edits = Mapping[str, Edit | Callable[..., Array] | Sequence[Edit | Callable[..., Array]]]
@@ -268,7 +292,7 @@ def make_edit(change: Callable[..., Array], vector: Any, alpha: Any, where: Any)
     kinds, start, mask, at = _positions(where)
     alpha = jnp.asarray(alpha, float)  # float32, or float64 where that is switched on
     edit = Edit(vector, alpha, kinds, jnp.asarray(start, jnp.int32), mask, change, at)
-    if at is not None and edit.vector_rank > 2 and edit.vector.shape[-2] != at.shape[-1]:
+    if at is not None and edit.vector_rank > 2 and at.shape[-1] not in edit.vector.shape[1:-1]:
         raise ValueError(
             f"where names {at.shape[-1]} positions for {edit.vector.shape[-2]} states; expected "
             "one state per position"
@@ -514,17 +538,23 @@ class _Function(NamedTuple):
     function: Callable[..., Array]
 
     def __call__(self, x: Array, vector: Any, alpha: Array, places: Places | None) -> Array:
-        if places is None or x.shape[-2] == 1:
+        axis = token_axis(x.shape, places)
+        if places is None or x.shape[axis] == 1:
             out = self._result(x, places)
         else:
+
+            def arranged(states: Array, order: Array) -> Array:
+                index = order.reshape(*order.shape, *(1,) * (-axis - 1))
+                return jnp.take_along_axis(states, index, axis)
+
             # Restore the order of the caller's columns: generation moves tokens within rows.
             slot = jnp.broadcast_to(places.slot, places.kind.shape)
             order = jnp.argsort(jnp.where(slot < 0, jnp.iinfo(slot.dtype).max, slot), axis=-1)
             fields = (places.kind, places.index, slot)
             ordered = Places(*(jnp.take_along_axis(field, order, -1) for field in fields))
-            out = self._result(jnp.take_along_axis(x, order[..., None], -2), ordered)
-            if out.ndim > 1 and out.shape[-2] == x.shape[-2]:
-                out = jnp.take_along_axis(out, jnp.argsort(order, axis=-1)[..., None], -2)
+            out = self._result(arranged(x, order), ordered)
+            if out.ndim >= -axis and out.shape[axis] == x.shape[axis]:
+                out = arranged(out, jnp.argsort(order, axis=-1))
         # If it does not broadcast, `Edit.__call__` raises, with the expected shape.
         sizes = zip(out.shape[::-1], x.shape[::-1], strict=False)
         fits = out.ndim <= x.ndim and all(size in (1, full) for size, full in sizes)
@@ -685,7 +715,7 @@ def lay_out(edit: Edit, move: Callable[[Any], Any]) -> Edit:
         The same edit for the moved columns.
     """
     vector, mask = edit.vector, edit.mask
-    if edit.at is None and edit.vector_rank == 3:
+    if edit.at is None and edit.vector_rank > 2:
         everywhere = np.ones(np.shape(vector)[:2], bool)
         if np.ndim(mask) < 2:
             mask = everywhere if mask is None else everywhere & np.asarray(mask, bool)[:, None]
@@ -719,8 +749,8 @@ def check_batch(edit: Edit, batch: int, length: int) -> None:
             f"the mask of an edit has shape {np.shape(edit.mask)}; expected the shape of input_ids,"
             f" {(batch, length)}, or one entry per row"
         )
-    if edit.vector_rank > 3 or (
-        vector is not None and vector.ndim == 3 and edit.at is None and vector.shape[1] != length
+    if edit.vector_rank > 4 or (
+        vector is not None and vector.ndim > 2 and edit.at is None and vector.shape[1] != length
     ):
         raise ValueError(
             f"the states of an edit have shape {np.shape(edit.vector)}; expected "
@@ -749,15 +779,19 @@ def check_fits(site: str, edit: Edit, shape: tuple[int, ...], places: Places | N
     rank = len(shape)
     rows = shape[0] if rank > 1 else 1
     # The number of columns, where the vector and the mask must match it.
-    columns = shape[-2] if rank > 1 and (places is None or shape[-2] > 1) else None
-    fits = edit.vector_rank <= max(rank, 2) and (
-        edit.vector_rank < 2
-        or edit.at is not None
+    axis = token_axis(shape, places)
+    columns = shape[axis] if rank > 1 and (places is None or shape[axis] > 1) else None
+    vectors = () if isinstance(edit.vector, tuple) else np.shape(edit.vector)
+    by_head = axis == -3 and len(vectors) == 4
+    fits = len(vectors) <= max(rank, 2) and (
+        len(vectors) < 2
         or (
-            len(edit.vector) in (1, rows)
+            (edit.at is not None or vectors[0] in (1, rows))
+            and (not by_head or vectors[2] in (1, shape[2]))
             and (
-                not edit.has_vector_per_position(rank)
-                or columns in (None, np.shape(edit.vector)[-2])
+                edit.at is not None
+                or not edit.has_vector_per_position(rank)
+                or columns in (None, vectors[token_axis(vectors, places)])
             )
         )
     )
@@ -778,7 +812,7 @@ def check_fits(site: str, edit: Edit, shape: tuple[int, ...], places: Places | N
     ):
         raise ValueError(
             f"the mask of an edit has shape {mask}; the states at {site!r} have shape {shape}: "
-            "expected " + (f"[{rows}]" if rank < 3 else f"[{rows}] or [{rows}, {shape[-2]}]")
+            "expected " + (f"[{rows}]" if rank < 3 else f"[{rows}] or [{rows}, {shape[axis]}]")
         )
     # Inside a compiled program the kinds are traced; `VLM` has already checked them.
     if places is None and not is_traced(edit.kinds) and not np.all(edit.kinds):

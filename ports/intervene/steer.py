@@ -220,16 +220,17 @@ def _states(site: str, out: Any) -> tuple[Array, Callable[[Array], Any]]:
 
 
 def _places_of(out: Any) -> Places | None:
-    """Returns the places of the running call if they describe the positions of out[B, T, D].
+    """Returns the places of the running call if they describe the positions of out, [B, T, D] or,
+    of heads, [B, T, H, D].
 
     A single position is the last one, the only one that a prefill's last layer computes.
     """
     places = _places.get()
-    if places is None or not isinstance(out, jax.Array) or out.ndim != 3:
+    if places is None or not isinstance(out, jax.Array) or out.ndim not in (3, 4):
         return None
-    if out.shape[-2] == 1:
+    if out.shape[1] == 1:
         return jax.tree.map(lambda x: x[..., -1:], places)
-    return places if places.kind.shape[-1] == out.shape[-2] else None
+    return places if places.kind.shape[-1] == out.shape[1] else None
 
 
 def token_sites(apply: Callable[..., Any], *args: Any) -> frozenset[str]:

@@ -186,7 +186,7 @@ def prepare(
         ValueError: the site is unknown or not in the decoder, no position is edited, or the inputs
             are invalid.
     """
-    site = vlm.find_site(site)
+    site = vlm.find_site(site, one_state=True)
     if site == vlm.head or not vlm.module.is_of_decoder(site):
         raise ValueError(
             f"concepts are edited in the decoder's states, but site {site!r} is not in it; choose "

@@ -450,7 +450,7 @@ def _learn(
     if not (dry_run and adapter):  # without weights, nothing is merged in
         steering.files.require_fitted_model(model_at(asked.features.manifest, ""), vlm)
     if dry_run:
-        sites = vlm.check_sites(asked.site)
+        sites = vlm.check_sites(asked.site, one_state=True)
         console.print(
             f"{len(examples.samples)} samples to learn from, {examples.steered} of them to "
             f"steer, in batches of {batch_size}, site {few(sites)} of width "

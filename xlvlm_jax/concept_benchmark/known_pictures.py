@@ -265,7 +265,7 @@ def make_pictures(
     Raises:
         ValueError: as for `draw_and_run`.
     """
-    site, total, done = vlm.find_site(site), sum(counts), 0
+    site, total, done = vlm.find_site(site, one_state=True), sum(counts), 0
 
     def advance(part: int, _: int) -> None:
         if progress is not None:
@@ -313,7 +313,7 @@ def load_or_make(
     """
     from safetensors import SafetensorError, safe_open
 
-    path, site = directory / FILE, vlm.find_site(site)
+    path, site = directory / FILE, vlm.find_site(site, one_state=True)
     asked = {"version": versions.VERSION, "site": site, "seed": seed, "pictures": list(counts)}
     asked |= {"learnt cells": LEARNT_CELLS, **made_with(vlm, clip)}
     if path.is_file():

@@ -137,7 +137,7 @@ def run_benchmark(
             f"k is {settings.k}; expected 1 to the {settings.num_concepts} concepts (--k, "
             "--num-concepts)"
         )
-    settings = settings._replace(site=vlm.find_site(settings.site))
+    settings = settings._replace(site=vlm.find_site(settings.site, one_state=True))
     # Before any work: what is given must fit.
     for entry in entries:
         if len(entry.paths) > len(seeds):

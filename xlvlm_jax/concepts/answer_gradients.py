@@ -65,7 +65,7 @@ def answer_gradients(
         >>> found.gradients.shape == (*inputs["input_ids"].shape, 192)
         True
     """
-    site = vlm.find_site(site, generated=True)
+    site = vlm.find_site(site, generated=True, one_state=True)
     if site == vlm.head:
         raise ValueError(f"{site!r} is the head; choose a site of the decoder before it")
     lengths = np.asarray(lengths)

@@ -461,10 +461,15 @@ def memory_needed(
     counts = {"num_samples": N, "num_concepts": (num_concepts,), "mesh": mesh}
     assert how.solver is not None, "only sparse autoencoders have none"
     solve = jax.jit(partial(how.solver.solve, **counts, **arguments))
-    lowered = solve.lower(Z, jax.random.key(0))
-    memory = lowered.compile().memory_analysis()
-    sizes = ("argument_size_in_bytes", "temp_size_in_bytes", "output_size_in_bytes")
-    return sum(getattr(memory, size) for size in sizes)
+    return _memory_of(solve.lower(Z, jax.random.key(0)).compile())
+
+
+def _memory_of(program: jax.stages.Compiled) -> int:
+    """Returns the bytes of a program's arguments, results and what it computes with."""
+    memory: Any = program.memory_analysis()
+    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    # A result that takes a donated argument's place takes none of its own.
+    return needed + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
 
 def streamed_memory_needed(
@@ -485,18 +490,16 @@ def streamed_memory_needed(
         return memory_needed(shape, num_concepts, method, **options)
     how, solver = _streamed(method)
     _check_count(num_concepts, *shape, how)
-    N, D = shape
     # One tile, the next one being read, and their products; activations being written.
     of_tiles = 4 * TILE_BYTES
-    R = solver.columns(N, D, num_concepts)
-    if R == 0:
-        how.options(options)
-        return of_tiles + 4 * D * 6 * num_concepts
-    # The columns stay on the host while the device solves for them.
-    of_solver = memory_needed(
-        (N, R), num_concepts, how.name, activations=not how.can_omit_activations, **options
-    )
-    return of_tiles + 4 * N * R + of_solver
+    arguments = how.options(options)
+    if not hasattr(solver, "in_columns"):
+        return of_tiles + 4 * shape[1] * 6 * num_concepts  # the axes and their images
+    for name in ("init", RELATIVE):
+        arguments.pop(name, None)
+    in_columns = solver.in_columns(shape, jax.random.key(0), num_concepts=num_concepts, **arguments)
+    programs = phases.compiled(*in_columns)
+    return of_tiles + max(_memory_of(program) for program in programs)
 
 
 def _streamed(name: str) -> tuple[Method, ModuleType]:

@@ -90,7 +90,10 @@ def map_pictures(
     tokens = [maps.word_tokens(vlm.tokenizer, word) for word in words]
     if through_norm is None:
         through_norm = is_before_norm(vlm, own)
-    at = {name: vlm.find_site(where, generated=True) for name, (where, _) in vectors.items()}
+    at = {
+        name: vlm.find_site(where, generated=True, one_state=True)
+        for name, (where, _) in vectors.items()
+    }
     asked = [*([own] if concepts or words else []), *at.values()]
     sites = list(dict.fromkeys(asked))
     boxes: list[np.ndarray] = []
@@ -193,13 +196,13 @@ def concept_site(vlm: VLM, site: str | None, concepts: Concepts, *, written: boo
         ValueError: the concepts are of another site, neither names one, or the site is unknown or
             has no states for text tokens.
     """
-    asked = None if site is None else vlm.find_site(site, generated=True)
+    asked = None if site is None else vlm.find_site(site, generated=True, one_state=True)
     learnt = (concepts.written if written else concepts.source).get("site") or asked
     if learnt is None:
         raise ValueError("the concepts do not name their site; give it with --site")
     if asked is not None and is_hook_point(learnt):  # no module of the model
         return asked
-    learnt = vlm.find_site(module_of(learnt), generated=True)
+    learnt = vlm.find_site(module_of(learnt), generated=True, one_state=True)
     if asked not in (None, learnt):
         raise ValueError(
             f"the concepts are of site {learnt!r}, not of {asked!r}; omit --site, or use concepts "
@@ -265,7 +268,7 @@ def _site_of(
     needed: bool,
 ) -> str:
     """Returns the site of concepts, words and answers; "" if none is needed."""
-    asked = None if site is None else vlm.find_site(site, generated=True)
+    asked = None if site is None else vlm.find_site(site, generated=True, one_state=True)
     if concepts is not None:
         return concept_site(vlm, site, concepts)
     if asked is None and needed:
@@ -275,5 +278,5 @@ def _site_of(
                 "a word or an answer needs a site; name one with --site, such as layers.3"
             )
         (only,) = of_vectors
-        return vlm.find_site(only, generated=True)
+        return vlm.find_site(only, generated=True, one_state=True)
     return asked or ""

@@ -102,7 +102,7 @@ def extract(
         for sample in samples:
             reference(sample)
     generated = settings.mode == "generate" or finetuned is not None
-    sites = vlm.check_sites(settings.sites, generated=generated)
+    sites = vlm.check_sites(settings.sites, generated=generated, one_state=True)
     settings = dataclasses.replace(settings, sites=sites)
     finder = settings.selection.finder(vlm.tokenizer)
     arguments = {

@@ -116,7 +116,7 @@ def preflight(
         ValueError: as for `extract`, or none of the examined images can be read.
     """
     output = Path(output)
-    sites = vlm.check_sites(settings.sites, generated=settings.mode == "generate")
+    sites = vlm.check_sites(settings.sites, generated=settings.mode == "generate", one_state=True)
     settings = dataclasses.replace(settings, sites=sites)
     state = manifest_of(output)
     done = 0 if state is None else state["samples"]

@@ -277,7 +277,7 @@ class Selection:
         """Returns the rows of a batch.
 
         Args:
-            states: an array [B, P, D] or a tree of them.
+            states: an array [B, P, D] or [B, P, H, C], or a tree of them.
             positions: as for `keep`.
             found: as for `keep`.
             end_ids: as for `keep`.

@@ -338,7 +338,7 @@ def reduce(
     """Converts the kept positions to rows.
 
     Args:
-        states: an array [B, P, D], or a tree of them ({site: states}).
+        states: an array [B, P, D] or, of heads, [B, P, H, C]; or a tree of them ({site: states}).
         positions: the positions of the batch.
         keep: bool[B, P], from a selection.
         how: "first" or "last" kept position, or the "mean" of the kept positions (in float32), all
@@ -359,13 +359,16 @@ def reduce(
         where = jnp.argsort(~keep, axis=1, stable=True)[:, :R]
     real, _ = _rank(~positions.is_padding)
 
+    def over(x: AnyArray, per_position: AnyArray) -> AnyArray:
+        return per_position.reshape(*per_position.shape, *(1,) * (x.ndim - 2))
+
     def mean(x: AnyArray) -> jax.Array:
         # where, not a product with the mask: states of padding may be NaN
-        total = jnp.where(keep[..., None], x.astype(jnp.float32), 0).sum(axis=1)
-        return (total / jnp.maximum(keep.sum(axis=1), 1)[:, None])[:, None]
+        total = jnp.where(over(x, keep), x.astype(jnp.float32), 0).sum(axis=1, keepdims=True)
+        return total / over(x, jnp.maximum(keep.sum(axis=1, keepdims=True), 1))
 
     def gather(x: AnyArray) -> jax.Array:
-        return jnp.take_along_axis(x, where[..., None], axis=1)
+        return jnp.take_along_axis(x, over(x, where), axis=1)
 
     return SelectedRows(
         states=jax.tree.map(mean if how == "mean" else gather, states),

@@ -186,7 +186,7 @@ def logit_lens(
         >>> vlm.tokenizer.decode(read.tokens[-1, 0, -1])
         'dog'
     """
-    asked = vlm.layers if sites is None else vlm.check_sites(sites)
+    asked = vlm.layers if sites is None else vlm.check_sites(sites, one_state=True)
     states = vlm.states(inputs, sites=asked, edits=edits)
     return read_states(
         vlm, {site: states[site] for site in asked}, k=k, carried=carried, block=block

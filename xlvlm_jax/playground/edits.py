@@ -106,7 +106,9 @@ def _add_by_kind(
     """Adds to each position the vector of its kind; the arrays are one float[KINDS, D]."""
     if places is None:
         raise ValueError("the positions at this site are not tokens; choose another site")
-    return x + alpha * arrays[0][jnp.maximum(places.kind, 0)]
+    added = arrays[0][jnp.maximum(places.kind, 0)]
+    # Heads [B, T, H, D] of a position get the same vector.
+    return x + alpha * added.reshape(*added.shape[:-1], *(1,) * (x.ndim - 3), added.shape[-1])
 
 
 def summed(vlm: VLM, settings: Sequence[Setting]) -> SteeringVector:

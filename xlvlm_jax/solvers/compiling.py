@@ -1,8 +1,7 @@
 """How the solvers' programs are compiled."""
 
 import os
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -31,27 +30,32 @@ if jax.__version_info__ < (0, 13):
     _EIGEN["xla_cpu_experimental_ynn_fusion_type"] = ""
 
 
-def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """Like `jax.jit`, but compiles quickly for small arrays on a CPU; also works when traced.
+class Jitted:
+    """A function with the programs of `jit`."""
 
-    Options of the compiler that XLA_FLAGS sets are left alone. An argument `plan` may say that its
-    loops are long (`has_long_loops`), which are then compiled with more care, or that it multiplies
-    rows with many columns (`has_wide_products`).
-    """
-    flags = os.environ.get("XLA_FLAGS", "")
+    def __init__(self, function: Callable[..., Any], options: Mapping[str, Any]):
+        self._function, self._options = function, options
+        self._plain = jax.jit(function, **options)
+        self._with_options: dict[tuple, Any] = {}
 
-    @cache
-    def with_options(*chosen: tuple[str, bool | int | str]) -> Callable[..., Any]:
-        ours = {name: value for name, value in chosen if name not in flags}
-        return jax.jit(function, **options, compiler_options=ours)
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """Runs the function."""
+        return self._chosen(arguments, named)(*arguments, **named)
 
-    plain = jax.jit(function, **options)
+    def compiled(self, *arguments: Any, **named: Any) -> tuple[Any, jax.stages.Compiled]:
+        """Compiles for arrays, or for their shapes, without running; a call then finds the program.
 
-    def call(*arguments: Any, **named: Any) -> Any:
+        Returns:
+            the shapes of the results, and the program.
+        """
+        traced = self._chosen(arguments, named).trace(*arguments, **named)
+        return traced.out_info, traced.lower().compile()
+
+    def _chosen(self, arguments: tuple, named: Mapping[str, Any]) -> Any:
         leaves = jax.tree.leaves((arguments, named))
         # Only an outermost program takes options.
         if any(isinstance(leaf, Tracer) for leaf in leaves) or jax.default_backend() != "cpu":
-            return plain(*arguments, **named)
+            return self._plain
         large = any(getattr(leaf, "size", 1) > PADDED for leaf in leaves)
         plan = named.get("plan")
         if getattr(plan, "has_long_loops", False):
@@ -60,7 +64,23 @@ def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
             chosen = {} if large else _QUICK
         if getattr(plan, "has_wide_products", False):
             chosen = chosen | _EIGEN
-        compiled = with_options(*chosen.items()) if chosen else plain
-        return compiled(*arguments, **named)
+        if not chosen:
+            return self._plain
+        key = tuple(chosen.items())
+        if key not in self._with_options:
+            flags = os.environ.get("XLA_FLAGS", "")
+            ours = {name: value for name, value in key if name not in flags}
+            self._with_options[key] = jax.jit(
+                self._function, **self._options, compiler_options=ours
+            )
+        return self._with_options[key]
 
-    return call
+
+def jit(function: Callable[..., Any], **options: Any) -> Jitted:
+    """Like `jax.jit`, but compiles quickly for small arrays on a CPU; also works when traced.
+
+    Options of the compiler that XLA_FLAGS sets are left alone. An argument `plan` may say that its
+    loops are long (`has_long_loops`), which are then compiled with more care, or that it multiplies
+    rows with many columns (`has_wide_products`).
+    """
+    return Jitted(function, options)

@@ -175,8 +175,9 @@ def watched(
     numbers, max_iter = plan.runs(given.counts), int(given.counts.max_iter)
     every = every or min(max(MULTIPLICATIONS // (N * D * max(numbers)), 1), MOST)
     carry: Any = given
-    for index, phase in enumerate(plan.phases):
-        on = {"plan": plan, "index": index, "mesh": mesh}
+    for phase in plan.phases:
+        # A phase that comes twice is one program.
+        on = {"plan": plan, "index": plan.phases.index(phase), "mesh": mesh}
         if not phase.repeats:
             carry = _solve_phase(Z, carry, np.int32(max_iter), **on)
             continue
@@ -190,14 +191,38 @@ def watched(
         while running := unfinished(now):
             done = min(now[q].iteration for q in running)
             limit = min(done - done % every + every, max_iter)
-            progress = _solve_updates(
-                Z, carry.tol, carry.fixed, carry.progress, np.int32(limit), **on
+            # Not kept under another name: rows' codes would stay in memory for the next phase.
+            carry = carry._replace(
+                progress=_solve_updates(
+                    Z, carry.tol, carry.fixed, carry.progress, np.int32(limit), **on
+                )
             )
-            carry = carry._replace(progress=progress)
             now = _standings(carry, numbers, max_iter, mesh)
             for q in running:
                 tell(now[q])
     return carry
+
+
+def compiled(plan: Plan, given: Any, Z: jax.ShapeDtypeStruct) -> list[jax.stages.Compiled]:
+    """Compiles the programs of `watched` on one device without running them.
+
+    Compiling takes a few hundred megabytes, which can be given back before the rows take theirs.
+
+    Args:
+        plan: what to run.
+        given: inputs of the run other than Z.
+        Z: shape [N, D] and dtype of the rows.
+    """
+    carry, limit, programs = given, np.int32(0), []
+    for phase in plan.phases:
+        on = {"plan": plan, "index": plan.phases.index(phase), "mesh": None}
+        if phase.repeats:
+            progress, program = _solve_updates.compiled(Z, *carry, limit, **on)
+            carry = carry._replace(progress=progress)
+        else:
+            carry, program = _solve_phase.compiled(Z, carry, limit, **on)
+        programs.append(program)
+    return programs
 
 
 def _standings(

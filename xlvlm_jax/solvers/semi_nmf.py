@@ -20,6 +20,7 @@ Rows may be spread over devices or come from disk tile by tile: the method only 
 The codes are [K, N], see `semi_nmf_codes`.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ from xlvlm_jax.solvers.loop import Progress, Result, begin, each, run
 from xlvlm_jax.solvers.phases import Carry, Counts, Phase, one_run_each, run_compiled, scalar
 from xlvlm_jax.solvers.restarts import best_first, sample
 from xlvlm_jax.solvers.semi_nmf_atoms import Atoms, Sums
+from xlvlm_jax.solvers.sums import Wide
 from xlvlm_jax.solvers.tpu import codes as on_tpu
 
 SWEEPS = 2  # improvements of the codes per update; they are exact only in the limit
@@ -90,6 +92,13 @@ def init(
     return State(dictionary.begin(atoms, rows.total(sums_of_rows.total(cost).value)), codes)
 
 
+def uncoded(problem: Problem, atoms: Float[Array, "K D"], rows: Rows = ONE_DEVICE) -> State:
+    """Returns the state with codes of zero, at which f is the rows' energy."""
+    codes = jnp.zeros((len(atoms), len(problem.Z)), problem.energy.dtype)
+    objective = rows.total(sums_of_rows.total(problem.energy).value)
+    return State(dictionary.begin(atoms, objective), codes)
+
+
 def update(
     problem: Problem, state: State, rows: Rows = ONE_DEVICE, nonnegative: bool = True
 ) -> State:
@@ -121,6 +130,7 @@ def collect(
     nonnegative: bool = True,
 ) -> tuple[Float[Array, "K N"], Sums, Float[Array, " N"]]:
     """Returns new codes of some rows on given atoms, their sums, and each row's share of f."""
+    N, D = Z.shape
     gram = matmul(atoms, atoms.T)
     if on_tpu.takes(Z, len(atoms)):
         found = on_tpu.improve(Z, energy, codes, atoms, gram, alpha, SWEEPS, nonnegative)
@@ -128,20 +138,70 @@ def collect(
         images, overlap, used = found.images.value, found.overlap.value, found.used.value
         sums = Sums(images, overlap, used, sums_of_rows.total(cost).value)
         return found.codes, sums, cost
-    products = inner_products(atoms, Z)
-    codes = coding.improve(codes, products, gram, alpha, SWEEPS, nonnegative)
-    cost = _cost(Z, energy, codes, atoms, products, gram, alpha)
 
-    def part(first: Array | int, count: int) -> tuple[Array, ...]:
-        some = jax.lax.dynamic_slice_in_dim(codes, first, count, axis=1)
-        z = sums_of_rows.block_of(Z, first, count)
-        return weighted_sums(some, z), matmul(some, some.T), jnp.sum(jnp.abs(some), axis=1)
+    def improved(z: Array, energy: Array, codes: Array) -> tuple[Array, Array]:
+        products = inner_products(atoms, z)
+        codes = coding.improve(codes, products, gram, alpha, SWEEPS, nonnegative)
+        return codes, _gained(energy, codes, products, gram, alpha)
 
-    # A few thousand rows are added in one product, for which a CPU does not copy blocks of Z.
-    N, D = Z.shape
-    size = N if N <= sums_of_rows.MOST_ROWS else sums_of_rows.rows_of_block(D)
-    images, overlap, used = (wide.value for wide in sums_of_rows.add_up(part, len(Z), size))
+    def summed(z: Array, codes: Array) -> tuple[Array, ...]:
+        return weighted_sums(codes, z), matmul(codes, codes.T), jnp.sum(jnp.abs(codes), axis=1)
+
+    if N > sums_of_rows.MOST_ROWS and jax.default_backend() == "cpu":
+        codes, cost, totals = _by_blocks(improved, summed, Z, energy, codes)
+    else:
+        # Few rows, or a device without such a cache, which runs large steps faster.
+        codes, cost = improved(Z, energy, codes)
+
+        def part(first: Array | int, count: int) -> tuple[Array, ...]:
+            some = jax.lax.dynamic_slice_in_dim(codes, first, count, axis=1)
+            return summed(sums_of_rows.block_of(Z, first, count), some)
+
+        size = N if N <= sums_of_rows.MOST_ROWS else sums_of_rows.rows_of_block(D)
+        totals = sums_of_rows.add_up(part, N, size)
+    cost = _where_it_cancels(Z, energy, codes, atoms, alpha, cost)
+    images, overlap, used = (wide.value for wide in totals)
     return codes, Sums(images, overlap, used, sums_of_rows.total(cost).value), cost
+
+
+def _by_blocks(
+    improved: Callable[[Array, Array, Array], tuple[Array, Array]],
+    summed: Callable[[Array, Array], tuple[Array, ...]],
+    Z: Float[Array, "N D"],
+    energy: Float[Array, " N"],
+    codes: Float[Array, "K N"],
+) -> tuple[Float[Array, "K N"], Float[Array, " N"], Any]:
+    """Returns codes, costs and sums, computed for as many rows at a time as a cache holds.
+
+    Each improvement of a code reads all of them, and the rows are read once for all products.
+    """
+    N, D = Z.shape
+    size = min(max(sums_of_rows.BLOCK // D, sums_of_rows.LEAST_ROWS), sums_of_rows.MOST_ROWS)
+
+    def block(first: Array | int, count: int, codes: Array, cost: Array) -> tuple:
+        z, part = (sums_of_rows.block_of(values, first, count) for values in (Z, energy))
+        some = jax.lax.dynamic_slice_in_dim(codes, first, count, axis=1)
+        some, of_rows = improved(z, part, some)
+        codes = jax.lax.dynamic_update_slice_in_dim(codes, some, first, 1)
+        return codes, jax.lax.dynamic_update_slice_in_dim(cost, of_rows, first, 0), summed(z, some)
+
+    def plus(totals: Any, parts: tuple[Array, ...]) -> Any:
+        return tuple(total + part for total, part in zip(totals, parts, strict=True))
+
+    def step(i: Array, carry: tuple) -> tuple:
+        *rest, totals = carry
+        *rest, parts = block(i * size, size, *rest)
+        return *rest, plus(totals, parts)
+
+    whole, rest = divmod(N, size)
+    shaped = jax.eval_shape(lambda: block(0, size, codes, energy)[-1])
+    zeros = tuple(Wide(*jnp.zeros((2, *each.shape), each.dtype)) for each in shaped)
+    carry = (codes, jnp.zeros_like(energy), zeros)
+    codes, cost, totals = jax.lax.fori_loop(0, whole, step, carry)
+    if rest:
+        codes, cost, parts = block(whole * size, rest, codes, cost)
+        totals = plus(totals, parts)
+    return codes, cost, totals
 
 
 @partial(jit, static_argnames="nonnegative")
@@ -163,8 +223,18 @@ def objective(
     alpha: Float[Array, ""] | float,
 ) -> Float[Array, ""]:
     """Returns f from the residual itself, without the cancellation in the form that updates use."""
+    return sums_of_rows.total(costs(Z, codes, atoms, alpha)).value
+
+
+def costs(
+    Z: Float[Array, "N D"],
+    codes: Float[Array, "K N"],
+    atoms: Float[Array, "K D"],
+    alpha: Float[Array, ""] | float,
+) -> Float[Array, " N"]:
+    """Returns each row's share of f, like `objective`."""
     squares = residual.of_products(Z, codes.T, atoms)
-    return sums_of_rows.total(0.5 * squares + alpha * jnp.sum(jnp.abs(codes), axis=0)).value
+    return 0.5 * squares + alpha * jnp.sum(jnp.abs(codes), axis=0)
 
 
 def _cost(
@@ -176,12 +246,22 @@ def _cost(
     gram: Float[Array, "K K"],
     alpha: Float[Array, ""],
 ) -> Float[Array, " N"]:
+    cost = _gained(energy, codes, products, gram, alpha)
+    return _where_it_cancels(Z, energy, codes, atoms, alpha, cost)
+
+
+def _gained(
+    energy: Float[Array, " N"],
+    codes: Float[Array, "K N"],
+    products: Float[Array, "K N"],
+    gram: Float[Array, "K K"],
+    alpha: Float[Array, ""],
+) -> Float[Array, " N"]:
     # 1/2 |z - u V|^2 = 1/2 |z|^2 - u (V z - 1/2 V V^T u), without forming the residual [N, D].
     gain = products - 0.5 * matmul(gram, codes) - alpha * jnp.sign(codes)
     # Uses a product: a CPU adds along the first axis several times slower.
     ones = jnp.ones(len(codes), codes.dtype)
-    cost = energy - matmul(ones, codes * gain)
-    return _where_it_cancels(Z, energy, codes, atoms, alpha, cost)
+    return energy - matmul(ones, codes * gain)
 
 
 def _where_it_cancels(
@@ -232,14 +312,14 @@ class Given(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """What no update changes. If atoms were given, basis, X and starts are None."""
+    """What no update changes. Without compressed rows, basis and X are None."""
 
     alpha: Float[Array, ""]
     energy: Float[Array, " N"]
     basis: Float[Array, "D R"] | None
     X: Float[Array, "N R"] | None  # Z in the few columns of `compression`
     active: Bool[Array, "Q K"]  # which atoms are in use, for each number of concepts
-    starts: Float[Array, "Q S K R"] | None
+    starts: Float[Array, "Q S K R"] | None  # None if atoms were given
 
 
 class Plan(NamedTuple):
@@ -271,29 +351,33 @@ class Plan(NamedTuple):
     def take_atoms(self, Z: Array, given: tuple, limit: Any, rows: Rows) -> Carry:
         """Starts from the given atoms."""
         _, alpha, tol, atoms, counts = given
-        alpha, energy, active = alpha.astype(real_dtype(Z)), _energy(Z), self._active(counts)
+        alpha, energy, active = alpha.astype(real_dtype(Z)), energies(Z), self._active(counts)
         atoms = atoms / _length(atoms)
         problem = Problem(Z, energy, alpha, active[0])
-        codes = jnp.zeros((len(atoms), len(Z)), energy.dtype)
-        progress = begin(init(problem, codes, atoms, rows), self.room)
+        progress = begin(uncoded(problem, atoms, rows), self.room)
         progress = jax.tree.map(lambda leaf: leaf[None], progress)
         return Carry(tol, Fixed(alpha, energy, None, None, active, None), progress)
 
     def explore(self, Z: Array, given: tuple, limit: Any, rows: Rows) -> Carry:
         """Compresses the rows, and starts from the best of several starts on a sample of them."""
+        energy = energies(Z)
+        basis, X = turn_to_axes(compress(Z, given[0], self.columns, rows), rows)
+        carry = self._begun(X, energy, given, rows)
+        return carry._replace(fixed=carry.fixed._replace(basis=basis, X=X))
+
+    def _begun(self, X: Array, energy: Array, given: tuple, rows: Rows) -> Carry:
+        """Starts on rows X whose columns are principal axes."""
         key, alpha, tol, _, counts = given
-        energy, active, alpha = _energy(Z), self._active(counts), alpha.astype(real_dtype(Z))
-        basis, X = turn_to_axes(compress(Z, key, self.columns, rows), rows)
+        active, alpha = self._active(counts), alpha.astype(real_dtype(X))
 
         def best(active: Array) -> tuple[Progress, Array]:
             problem, screen = Problem(X, energy, alpha, active), counts.max_iter
             of_starts = counts.num_samples, self.n_init, tol, jnp.minimum(SCREEN, screen)
             atoms, starts = _best_start(problem, key, *of_starts, self.nonnegative, rows)
-            codes = jnp.zeros((len(atoms), len(X)), X.dtype)
-            return begin(init(problem, codes, atoms, rows), self.room), starts
+            return begin(uncoded(problem, atoms, rows), self.room), starts
 
         progress, starts = each(best)(active)
-        return Carry(tol, Fixed(alpha, energy, basis, X, active, starts), progress)
+        return Carry(tol, Fixed(alpha, energy, None, None, active, starts), progress)
 
     def improve_in_columns(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Carry:
         """Runs updates on the compressed rows."""
@@ -419,7 +503,7 @@ def _best_start(
     sampled = Problem(X, energy, problem.alpha, problem.active)
 
     def attempt(atoms: Array) -> State:
-        progress = begin(init(sampled, jnp.zeros((K, len(X)), X.dtype), atoms), SCREEN)
+        progress = begin(uncoded(sampled, atoms), SCREEN)
         step = partial(update, sampled, nonnegative=nonnegative)
         return run(step, progress, tol=tol, max_iter=max_iter).state
 
@@ -471,7 +555,8 @@ def first_atoms(
     return jnp.concatenate([jnp.stack([first, second]), others])[:n_init]
 
 
-def _energy(Z: Float[Array, "N D"]) -> Float[Array, " N"]:
+def energies(Z: Float[Array, "N D"]) -> Float[Array, " N"]:
+    """Returns 1/2 |z_n|^2."""
     return 0.5 * jnp.sum(jnp.square(Z.astype(real_dtype(Z))), axis=1)
 
 

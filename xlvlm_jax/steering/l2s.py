@@ -455,8 +455,12 @@ def fit_l2s(
         raise ValueError(
             f"there are {len(contexts)} contexts for {len(samples)} samples; expected one each"
         )
-    site = vlm.find_site(site, generated=True)
-    context_site = site if context_site is None else vlm.find_site(context_site, generated=True)
+    site = vlm.find_site(site, generated=True, one_state=True)
+    context_site = (
+        site
+        if context_site is None
+        else vlm.find_site(context_site, generated=True, one_state=True)
+    )
     skipped: dict[str, str] = {}
     common: dict[str, Any] = {"batch_size": batch_size, "strict": strict, "errors": skipped}
 

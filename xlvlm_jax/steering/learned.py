@@ -219,7 +219,7 @@ def fit_learned(
     template = add(np.zeros(1), 1.0, where)
     if template.mask is not None:
         raise ValueError("where is a mask, which does not apply to other prompts; name positions")
-    site = vlm.find_site(site)
+    site = vlm.find_site(site, one_state=True)
     begin = teacher_forcing.begin_site(vlm, site)
     forced, kept, skipped = teacher_forcing.force(
         vlm, samples, targets, begin, batch_size=batch_size, strict=strict

@@ -147,7 +147,7 @@ def fit_p2s(
         ValueError: as `fit_l2s`.
     """
     skipped: dict[str, str] = {}
-    site = vlm.find_site(site, generated=True)
+    site = vlm.find_site(site, generated=True, one_state=True)
     shifts = contrast_shifts(
         vlm,
         samples,

@@ -54,7 +54,7 @@ def begin_site(vlm: VLM, site: str) -> str:
     Raises:
         ValueError: the site is unknown, or before the end of the decoder's first layer.
     """
-    site = vlm.find_site(site)
+    site = vlm.find_site(site, one_state=True)
     decoder = vlm.decoder
     block = re.compile(re.escape(normal_name(decoder)) + r"\.[a-z]+\.\d+$")
     sites = [normal_name(name) for name in vlm.sites]

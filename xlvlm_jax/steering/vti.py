@@ -171,7 +171,7 @@ def fit_vti_image(
     Raises:
         ValueError: as `mask_shifts`, a site is unknown, or masking changes nothing there.
     """
-    listed = vlm.check_sites(sites)
+    listed = vlm.check_sites(sites, one_state=True)
     skipped: dict[str, str] = {}
     options: dict[str, Any] = {"share": share, "num_masks": num_masks, "seed": seed}
     shifts = mask_shifts(
@@ -231,7 +231,7 @@ def fit_vti_text(
         samples,
         positive,
         negative,
-        vlm.check_sites(sites, generated=True),
+        vlm.check_sites(sites, generated=True, one_state=True),
         **options,
         batch_size=batch_size,
         strict=strict,

@@ -106,6 +106,124 @@ def test_states_of_single_heads_while_generating(pair, inputs):
     np.testing.assert_allclose(swept.states[site][1], answer.states[site], rtol=0, atol=1e-4)
 
 
+class TestEditsOfSingleHeads:
+    """Norms of queries put out [B, T, H, C]; positions are those of tokens, not of heads."""
+
+    SITE = "model.layers.0.self_attn.q_norm"
+    VECTOR = np.linspace(-1, 1, 8, dtype=np.float32)
+
+    @pytest.fixture(scope="class")
+    def places(self):
+        """Returns the index of each token of `inputs`; the second row has 5 of padding."""
+        index = np.tile(np.arange(14), (3, 1))
+        index[1] -= 5
+        return index
+
+    def logits(self, theirs, inputs, change):
+        """Returns the logits of transformers, where a function changes the norm's output."""
+        tensors = {name: torch.from_numpy(x).long() for name, x in inputs.items()}
+        positions = (tensors["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        norm = theirs.model.layers[0].self_attn.q_norm
+        handle = norm.register_forward_hook(
+            lambda *args: torch.from_numpy(change(args[-1].numpy()).astype("f4"))
+        )
+        with torch.no_grad():
+            found = theirs(**tensors, position_ids=positions).logits.numpy()
+        handle.remove()
+        return found[inputs["attention_mask"] == 1]
+
+    def right(self, values):
+        """Moves the second row's padding to the end."""
+        return np.stack([np.roll(row, -5 * (i == 1), axis=0) for i, row in enumerate(values)])
+
+    def edited(self, ours, inputs, edit):
+        right = helpers.pad_right(inputs)
+        logits = ours.forward(right, edits={self.SITE: edit}).logits
+        return np.asarray(logits)[right["attention_mask"] == 1]
+
+    @pytest.mark.parametrize("pair", ["qwen3"], indirect=True)
+    @pytest.mark.parametrize("where", ["from", "at", "mask", "last_prompt", "rows"])
+    def test_a_vector_at_some_positions(self, pair, inputs, places, where):
+        theirs, ours = pair
+        real = inputs["attention_mask"] == 1
+        mask = (places % 3 == 1) & real
+        chosen, given = {
+            "from": (places >= 3, {"from": 3}),
+            "at": (np.isin(places, (2, 6)), {"at": [2, 6]}),
+            "mask": (mask, self.right(mask)),
+            "last_prompt": (places == places[:, -1:], "last_prompt"),
+            "rows": (np.array([[True], [False], [True]]) & real, np.array([True, False, True])),
+        }[where]
+        expected = self.logits(
+            theirs, inputs, lambda x: x + 2 * chosen[..., None, None] * self.VECTOR
+        )
+        plain = self.logits(theirs, inputs, lambda x: x)
+        assert np.abs(expected - plain).max() > 1e-2
+        got = self.edited(ours, inputs, ports.add(self.VECTOR, 2.0, given))
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
+
+    @pytest.mark.parametrize("pair", ["qwen3"], indirect=True)
+    @pytest.mark.parametrize("shape", [(3, 14, 8), (3, 14, 4, 8), (1, 14, 1, 8), (3, 8)])
+    def test_vectors_of_positions_rows_and_heads(self, pair, inputs, shape):
+        theirs, ours = pair
+        vectors = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+        between = {3: np.s_[:, :, None], 4: np.s_[:], 2: np.s_[:, None, None]}[len(shape)]
+        expected = self.logits(
+            theirs, inputs, lambda x: np.broadcast_to(vectors[between], x.shape).copy()
+        )
+        if len(shape) > 2:
+            vectors = self.right(np.broadcast_to(vectors, (3, *shape[1:])))
+        got = self.edited(ours, inputs, ports.replace(vectors))
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
+
+    @pytest.mark.parametrize("pair", ["qwen3"], indirect=True)
+    def test_while_generating_and_by_a_function(self, pair, inputs):
+        _, ours = pair
+        options = {"max_new_tokens": 2, "sites": [self.SITE], "prompt_states": True}
+
+        def shifted(x, places):
+            assert x.shape[2:] == (4, 8) and places.kind.shape == x.shape[:2]
+            return x + places.index[..., None, None] * self.VECTOR
+
+        def states(edit):
+            answer = ours.generate(inputs, edits={self.SITE: edit} if edit else {}, **options)
+            return np.asarray(answer.prompt_states[self.SITE]), np.asarray(answer.states[self.SITE])
+
+        real = inputs["attention_mask"] == 1
+        (before, plain), (after, _) = states(None), states(ports.edit_with(shifted))
+        index = np.cumsum(inputs["attention_mask"], axis=1) - 1
+        expected = before + index[..., None, None] * self.VECTOR
+        np.testing.assert_allclose(after[real], expected[real], rtol=0, atol=1e-4)
+        prompt, generated = states(ports.add(self.VECTOR, 9.0, "generated"))
+        np.testing.assert_allclose(prompt[real], before[real], rtol=0, atol=1e-4)
+        expected = plain + 9 * np.array([[0], [1]])[..., None] * self.VECTOR
+        np.testing.assert_allclose(generated, expected, rtol=0, atol=1e-4)
+
+    @pytest.mark.parametrize("pair", ["qwen3"], indirect=True)
+    def test_what_needs_one_state_per_token_refuses_the_site(self, pair):
+        _, ours = pair
+        with pytest.raises(
+            ValueError, match=r"q_norm' has a state for each of 4 heads; choose a s"
+        ):
+            ours.find_site(self.SITE, generated=True, one_state=True)
+        assert ours.find_site(self.SITE) == self.SITE
+        assert len(ours.check_sites("*.heads", one_state=True)) == 2  # [B, T, H * C]
+
+    @pytest.mark.parametrize("pair", ["qwen3"], indirect=True)
+    def test_what_does_not_fit(self, pair, inputs):
+        _, ours = pair
+        for edit, message in (
+            (
+                ports.replace(np.zeros((3, 14, 3, 8))),
+                r", 3, 8\); the states at .*, 4, 8\): expected",
+            ),
+            (ports.add(np.zeros((3, 4, 8))), r"expected \(3, 14, D\), one per position of input"),
+            (ports.add(np.zeros(32)), "width 32; the states at .* have width 8"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                ours.forward(inputs, edits={self.SITE: edit})
+
+
 def test_no_pictures_and_other_model_types(pair, vlm, tmp_path):
     _, ours = pair
     assert ours.image_tokens == () and ours.decode([6, 7]) == "w1 w2"

@@ -4,9 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import monitoring
 
-from tests.xlvlm_jax.solvers.helpers import alone
+from tests.xlvlm_jax.solvers.helpers import Compilations, alone
 from xlvlm_jax import decompose, project
 from xlvlm_jax.concepts.methods import METHODS
 
@@ -18,22 +17,6 @@ def rows(N, seed=0):
     random = np.random.default_rng(seed)
     centres = 3 * random.standard_normal((6, D))
     return (centres[random.integers(6, size=N)] + random.standard_normal((N, D))).astype(np.float32)
-
-
-class Compilations:
-    """Counts compiled programs while it is open."""
-
-    def __enter__(self):
-        self.names = []
-        monitoring.register_event_duration_secs_listener(self._count)
-        return self
-
-    def _count(self, event, _, fun_name="", **others):
-        if event == "/jax/core/compile/backend_compile_duration":
-            self.names.append(fun_name)
-
-    def __exit__(self, *_):
-        monitoring.unregister_event_duration_listener(self._count)
 
 
 @pytest.mark.parametrize("method", METHODS)

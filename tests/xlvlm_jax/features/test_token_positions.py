@@ -211,6 +211,18 @@ def test_reduce_of_several_sites_leaves_out_samples_without_a_row():
     assert (sample.tolist(), position.tolist(), token.tolist()) == ([0], [4], [DOG])
 
 
+@pytest.mark.parametrize("how", token_positions.HOWS)
+def test_reduce_of_heads_is_that_of_each_head(how):
+    positions = of_generation()
+    states = np.random.default_rng(0).normal(size=(2, 8, 3, 5)).astype(np.float32)
+    keep = token_positions.before_special_tokens(positions, [END, 33])
+    together = token_positions.reduce(states, positions, keep, how)
+    for head in range(3):
+        alone = token_positions.reduce(states[:, :, head], positions, keep, how)
+        np.testing.assert_array_equal(together.states[:, :, head], alone.states)
+        np.testing.assert_array_equal(together.valid, alone.valid)
+
+
 def test_reduce_mean_against_numpy():
     rng = np.random.default_rng(0)
     states = rng.normal(size=(2, 8, 5)).astype(np.float32)

@@ -1,6 +1,23 @@
 """Helpers for the tests of the solvers."""
 
 import jax
+from jax import monitoring
+
+
+class Compilations:
+    """Counts compiled programs while it is open."""
+
+    def __enter__(self):
+        self.names = []
+        monitoring.register_event_duration_secs_listener(self._count)
+        return self
+
+    def _count(self, event, _, fun_name="", **others):
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.names.append(fun_name)
+
+    def __exit__(self, *_):
+        monitoring.unregister_event_duration_listener(self._count)
 
 
 def alone(method):

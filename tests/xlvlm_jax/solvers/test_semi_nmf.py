@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.decomposition import DictionaryLearning, sparse_encode
 
-from xlvlm_jax.solvers import semi_nmf
+from xlvlm_jax.solvers import semi_nmf, sums
 from xlvlm_jax.solvers.compression import compress, turn_to_axes
 
 from .helpers import alone
@@ -135,3 +135,18 @@ def test_compression_keeps_a_low_rank_matrix():
     np.testing.assert_allclose(compressed @ basis.T, Z, atol=1e-4)
     variance = np.sum(np.asarray(compressed) ** 2, axis=0)
     assert np.all(np.diff(variance) <= 1e-3)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.0], ids=["penalty", "cancels"])
+def test_an_update_in_blocks_of_rows_is_that_of_all_rows(monkeypatch, alpha):
+    rng = np.random.default_rng(4)
+    Z = jnp.asarray(planted(4, n=250, noise=1.0 if alpha else 0.0))
+    codes = jnp.asarray(rng.exponential(size=(K, 250)), jnp.float32)
+    atoms = jnp.asarray(rng.normal(size=(K, D)), jnp.float32)
+    given = Z, semi_nmf.energies(Z), codes, atoms, jnp.float32(alpha)
+    whole = jax.jit(lambda *arguments: semi_nmf.collect(*arguments))(*given)
+    monkeypatch.setattr(sums, "MOST_ROWS", 96)  # two blocks, and a third of 58 rows
+    parts = jax.jit(lambda *arguments: semi_nmf.collect(*arguments))(*given)
+    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        scale = np.abs(one).max()
+        np.testing.assert_allclose(other / scale, one / scale, atol=2e-6)

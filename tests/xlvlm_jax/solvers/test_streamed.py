@@ -1,14 +1,18 @@
 """Rows that stay on disk: the same result as in memory, tile by tile."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from xlvlm_jax.concepts.decomposition import decompose, decompose_stored
-from xlvlm_jax.solvers import buckets, kmeans
-from xlvlm_jax.solvers.streamed import tiles
+from xlvlm_jax.solvers import buckets, kmeans, phases
+from xlvlm_jax.solvers.streamed import columns, semi_nmf, tiles
+from xlvlm_jax.solvers.streamed import kmeans as kmeans_on_disk
 from xlvlm_jax.storage import zarr_rows
 from xlvlm_jax.storage.zarr_rows import StoredRows, create_array, wait
+
+from .helpers import Compilations
 
 KEY = jax.random.key(0)
 N, D, K = 301, 24, 4
@@ -240,3 +244,47 @@ def test_the_largest_scores_are_those_of_one_sort():
     none = tiles.Largest(0)
     none.add(0, scores)
     assert len(none.numbers) == 0
+
+
+def test_rows_are_turned_to_their_axes_in_place():
+    rng = np.random.default_rng(5)
+    X = columns._aligned(5000, 8)  # more than one block
+    X[:] = rng.normal(size=X.shape) @ rng.normal(size=(8, 8))
+    basis = np.linalg.qr(rng.normal(size=(D, 8)))[0].astype(np.float32)
+    rows = X @ basis.T
+    small = columns.Compressed(jnp.asarray(basis), X, np.sum(X**2, axis=1), 0.0, jnp.zeros(D))
+    turned = columns.turn_to_axes(small)
+    assert turned.X is X and jax.device_put(X).unsafe_buffer_pointer() == X.ctypes.data
+    np.testing.assert_allclose(X @ np.asarray(turned.basis).T, rows, atol=1e-4)
+    overlaps = X.T.astype(np.float64) @ X
+    lengths = np.diagonal(overlaps)
+    np.testing.assert_allclose(overlaps, np.diag(lengths), atol=1e-5 * lengths[0])
+    assert np.all(np.diff(lengths) <= 0)
+
+
+# Numbers per row: the columns, and the codes before and after an update, or the sums that decide
+# which rows k-means revisits.
+@pytest.mark.parametrize(
+    ("solver", "numbers"),
+    [(semi_nmf, 64 + 2 * 20 + 6), (kmeans_on_disk, 48 + 14)],
+    ids=["snmf", "kmeans"],
+)
+def test_programs_for_the_columns_need_no_second_matrix_of_their_size(solver, numbers):
+    N, K = 2**19, 20
+    for program in phases.compiled(*solver.in_columns((N, 512), KEY, num_concepts=K)):
+        memory = program.memory_analysis()
+        needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
+        # A few blocks of rows do not grow with N.
+        assert needed <= 4 * N * numbers + 2**24
+
+
+@pytest.mark.parametrize("solver", [semi_nmf, kmeans_on_disk], ids=["snmf", "kmeans"])
+def test_programs_compiled_ahead_are_those_that_run(solver):
+    plan, given, X = solver.in_columns((203, D), KEY, num_concepts=K)
+    phases.compiled(plan, given, X)
+    Z = jax.device_put(np.random.default_rng(6).normal(size=X.shape).astype(np.float32))
+    with Compilations() as compilations:
+        found = phases.watched(plan, given, Z, None, lambda standing: None)
+    assert not compilations.names
+    assert found.iterations[0] > 0

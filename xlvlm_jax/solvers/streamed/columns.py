@@ -1,8 +1,9 @@
-"""Compresses a source to few columns that fit into memory, in one pass or two; see `compression`.
+"""Compresses a source to few columns that fit into memory, in one pass; see `compression`.
 
 N rows, D width, R compressed width.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from xlvlm_jax.solvers.streamed.tiles import Source, Tile, add_up, check_rows, g
 from xlvlm_jax.solvers.sums import Wide, column_sums, total
 
 ALIGNMENT = 64  # bytes; XLA uses an array in place if it starts at a multiple of this
+TURNED = 4096  # rows that are rotated together, in a cache
 CANCELS = 0.05  # of its terms: a smaller difference is computed from the residual itself
 
 # Each one program, which is kept.
@@ -67,10 +69,10 @@ def _project(
     return total(outside), (X, squares)
 
 
-def compress(
+def leading(
     source: Source, key: PRNGKeyArray, width: int, origin: Float[Array, " D"]
-) -> Compressed:
-    """Finds the leading directions of the rows minus the origin, and the rows in them; two passes.
+) -> Float[Array, "D R"]:
+    """Returns a basis of the leading directions of the rows minus the origin; one pass.
 
     Raises:
         ValueError: a row has NaN or Inf; the first such row is named.
@@ -81,28 +83,25 @@ def compress(
         return sketch(tile.Z, tile.real, directions, origin)
 
     spanned, _ = values_of(add_up(source, on_tile, check_rows))
-    return _in_columns(source, _orthonormal(spanned), origin)
+    return _orthonormal(spanned)
 
 
-def compress_by_sample(
+def leading_of_sample(
     source: Source, key: PRNGKeyArray, width: int, origin: Float[Array, " D"]
-) -> Compressed:
-    """Does the same in one pass, with the leading directions of a sample of the rows.
+) -> Float[Array, "D R"]:
+    """Does the same for a sample of the rows, without a pass."""
+    row_key, key = jax.random.split(key)
+    numbers = np.asarray(draw_rows(row_key, source.shape[0], SAMPLE * width))
+    X = jnp.asarray(source.take(numbers), jnp.float32) - origin
+    return _directions_of_sample(X, key, width)
+
+
+def compress(source: Source, basis: Float[Array, "D R"], origin: Float[Array, " D"]) -> Compressed:
+    """Returns the rows minus the origin in the columns of a basis; one pass.
 
     Raises:
         ValueError: a row has NaN or Inf; the first such row is named.
     """
-    row_key, key = jax.random.split(key)
-    numbers = np.asarray(draw_rows(row_key, source.shape[0], SAMPLE * width))
-    X = jnp.asarray(source.take(numbers), jnp.float32) - origin
-    basis = _directions_of_sample(X, key, width)
-    return _in_columns(source, basis, origin)
-
-
-def _in_columns(
-    source: Source, basis: Float[Array, "D R"], origin: Float[Array, " D"]
-) -> Compressed:
-    """Computes the rows in the columns of a basis; one pass."""
     N = source.shape[0]
     X, energy = _aligned(N, basis.shape[1]), np.empty(N, np.float32)
 
@@ -117,6 +116,22 @@ def _in_columns(
     outside = float(add_up(source, on_tile, keep).value)
     give_back()
     return Compressed(basis, X, energy, max(outside, 0.0), origin)
+
+
+def turn_to_axes(small: Compressed) -> Compressed:
+    """Rotates the rows to the principal axes of their space, highest energy first, in place."""
+    X = small.X
+
+    def blocks() -> Iterator[Float[np.ndarray, "B R"]]:
+        return (X[first : first + TURNED] for first in range(0, len(X), TURNED))
+
+    overlaps = np.zeros((X.shape[1],) * 2)
+    for rows in blocks():
+        overlaps += rows.T @ rows
+    axes = np.linalg.eigh(overlaps)[1][:, ::-1].astype(np.float32)
+    for rows in blocks():
+        rows[:] = rows @ axes
+    return small._replace(basis=matmul(small.basis, jnp.asarray(axes)))
 
 
 def _aligned(N: int, R: int) -> Float[np.ndarray, "N R"]:

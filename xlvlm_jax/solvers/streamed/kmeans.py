@@ -13,8 +13,17 @@ from xlvlm_jax.solvers.kmeans_assignment import Sums
 from xlvlm_jax.solvers.linalg import matmul
 from xlvlm_jax.solvers.loop import Result
 from xlvlm_jax.solvers.phases import Carry, Standing, Tell
-from xlvlm_jax.solvers.streamed.columns import compress, compress_by_sample
-from xlvlm_jax.solvers.streamed.tiles import Largest, Source, Tile, Write, add_up, origin, write_out
+from xlvlm_jax.solvers.streamed.columns import compress, leading, leading_of_sample
+from xlvlm_jax.solvers.streamed.tiles import (
+    Largest,
+    Source,
+    Tile,
+    Write,
+    add_up,
+    give_back,
+    origin,
+    write_out,
+)
 from xlvlm_jax.solvers.sums import Wide, cluster_sums, column_sums, total
 
 
@@ -35,9 +44,23 @@ class InColumns(kmeans.Plan):
         )
 
 
-def columns(num_samples: int, width: int, num_concepts: int) -> int:
-    """Returns how many columns per row are kept in memory."""
-    return min(kmeans.columns(num_samples, num_concepts)[0], num_samples, width)
+def in_columns(
+    shape: tuple[int, int], key: PRNGKeyArray, *, num_concepts: int, **options: Any
+) -> tuple[InColumns, kmeans.Given, jax.ShapeDtypeStruct]:
+    """Returns how rows are clustered in memory in a few columns, and the shape of these.
+
+    Args:
+        shape: (N, D) of the rows.
+        key: random key.
+        num_concepts: K.
+        **options: as for `kmeans.plan`.
+    """
+    N, D = shape
+    X = jax.ShapeDtypeStruct((N, min(kmeans.columns(N, num_concepts)[0], N, D)), jnp.float32)
+    plan, given = kmeans.plan(
+        key, width=X.shape[1], num_samples=N, num_concepts=(num_concepts,), **options
+    )
+    return InColumns(*plan), given, X
 
 
 def solve(
@@ -54,22 +77,19 @@ def solve(
     """Does `kmeans.solve` for one number of clusters; activations go to `write(start, rows)`."""
     N, D = source.shape
     K = num_concepts
-    # The same choice as in memory, so that a key leads to the same clusters.
-    _, by_sample = kmeans.columns(N, K)
     mean = jnp.asarray(origin(source))
-    small = (compress_by_sample if by_sample else compress)(source, key, columns(N, D, K), mean)
-    X, basis, outside = jax.device_put(small.X), small.basis, small.outside
-    del small
-    plan, given = kmeans.plan(
-        key,
-        width=X.shape[1],
-        num_samples=N,
-        num_concepts=(K,),
-        tol=tol,
-        max_iter=max_iter,
-        n_init=n_init,
+    plan, given, shape = in_columns(
+        (N, D), key, num_concepts=K, tol=tol, max_iter=max_iter, n_init=n_init
     )
-    begun = phases.watched(InColumns(*plan), given, X, None, tell or (lambda standing: None))
+    # The same choice as in memory, so that a key leads to the same clusters.
+    directions = leading_of_sample if kmeans.columns(N, K)[1] else leading
+    basis = directions(source, key, shape.shape[1], mean)
+    phases.compiled(plan, given, shape)
+    give_back()  # before the columns take theirs
+    small = compress(source, basis, mean)
+    X, outside = jax.device_put(small.X), small.outside
+    del small
+    begun = phases.watched(plan, given, X, None, tell or (lambda standing: None))
     del X
     offsets: Array = matmul(begun.components[0, :K], basis.T)
     error = jnp.inf

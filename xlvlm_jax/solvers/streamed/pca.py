@@ -33,11 +33,6 @@ from xlvlm_jax.solvers.sums import Wide, total
 OVERSAMPLE = 8  # minimum number of axes beyond K
 
 
-def columns(num_samples: int, width: int, num_concepts: int) -> int:
-    """Returns how many columns per row are kept in memory: none, only the axes are."""
-    return 0
-
-
 def solve(
     source: Source,
     key: PRNGKeyArray,

@@ -1,6 +1,7 @@
 """Semi-NMF on a source of rows: `solvers.semi_nmf` with one pass over the source per update."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,25 +11,102 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from xlvlm_jax.solvers import phases, semi_nmf
 from xlvlm_jax.solvers import semi_nmf_atoms as dictionary
 from xlvlm_jax.solvers import semi_nmf_codes as coding
+from xlvlm_jax.solvers.collectives import Rows
 from xlvlm_jax.solvers.linalg import inner_products, matmul
-from xlvlm_jax.solvers.loop import Result
-from xlvlm_jax.solvers.phases import Standing, Tell
+from xlvlm_jax.solvers.loop import Progress, Result, each
+from xlvlm_jax.solvers.phases import Carry, Phase, Standing, Tell
 from xlvlm_jax.solvers.semi_nmf_atoms import Atoms, Sums
-from xlvlm_jax.solvers.streamed.columns import compress
+from xlvlm_jax.solvers.streamed.columns import compress, leading, turn_to_axes
 from xlvlm_jax.solvers.streamed.tiles import (
     Largest,
     Source,
     Tile,
     Write,
     add_up,
+    give_back,
     values_of,
     write_out,
 )
+from xlvlm_jax.solvers.sums import total
 
 
-def columns(num_samples: int, width: int, num_concepts: int) -> int:
-    """Returns how many columns per row are kept in memory."""
-    return min(num_concepts + semi_nmf.OVERSAMPLE, num_samples, width)
+class InColumns(semi_nmf.Plan):
+    """A plan for rows on their principal axes, without a second matrix of their size."""
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """Phases in the order they run."""
+        repeated = Phase(self.improve, repeats=True)
+        return Phase(self.explore), repeated, Phase(self.start_again), repeated, Phase(self.finish)
+
+    def explore(self, Z: Array, given: tuple, limit: Any, rows: Rows) -> Carry:
+        """Starts from the best of several starts on a sample of the rows."""
+        return self._begun(Z, semi_nmf.energies(Z), given, rows)
+
+    def start_again(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Carry:
+        """Forgets the momentum: updates without it may find more, and cost little here."""
+
+        def one(progress: Progress) -> Progress:
+            small, codes = progress.state
+            state = semi_nmf.State(
+                dictionary.begin(small.atoms, small.objective), small.scale[:, None] * codes
+            )
+            return progress._replace(state=state)
+
+        return carry._replace(progress=each(one)(carry.progress))
+
+    def finish(self, Z: Array, carry: Carry, limit: Any, rows: Rows) -> Result:
+        """Encodes the rows on the final atoms, block by block."""
+        tol, fixed, progress = carry
+        # An accelerator encodes all rows together.
+        size = min(coding.TOGETHER, len(Z)) if jax.default_backend() == "cpu" else len(Z)
+
+        def one(progress: Progress) -> Result:
+            small, codes = progress.state
+
+            def block(i: Array, found: tuple[Array, Array]) -> tuple[Array, ...]:
+                first = jnp.minimum(i * size, len(Z) - size)  # the last block reaches back
+                z = jax.lax.dynamic_slice_in_dim(Z, first, size)
+                start = jax.lax.dynamic_slice_in_dim(codes, first, size, axis=1)
+                start = small.scale[:, None] * start
+                parts = _encoded(z, start, small.atoms, fixed.alpha, self.nonnegative)
+                return tuple(
+                    jax.lax.dynamic_update_slice_in_dim(whole, part, first, 0)
+                    for whole, part in zip(found, parts, strict=True)
+                )
+
+            empty = jnp.zeros(codes.shape[::-1], codes.dtype), jnp.zeros_like(fixed.energy)
+            activations, cost = jax.lax.fori_loop(0, -(-len(Z) // size), block, empty)
+            ended = total(cost).value
+            return Result(
+                components=small.atoms,
+                activations=activations,
+                objective=ended,
+                iterations=progress.iteration,
+                converged=small.error <= tol,
+                history=progress.history.at[progress.iteration].set(ended),
+            )
+
+        return each(one)(progress)._replace(starts=fixed.starts)
+
+
+def in_columns(
+    shape: tuple[int, int], key: PRNGKeyArray, *, num_concepts: int, **options: Any
+) -> tuple[InColumns, semi_nmf.Given, jax.ShapeDtypeStruct]:
+    """Returns how rows are factored in memory in a few columns, and the shape of these.
+
+    Args:
+        shape: (N, D) of the rows.
+        key: random key.
+        num_concepts: K.
+        **options: as for `semi_nmf.plan`.
+    """
+    N, D = shape
+    X = jax.ShapeDtypeStruct((N, min(num_concepts + semi_nmf.OVERSAMPLE, N, D)), jnp.float32)
+    plan, given = semi_nmf.plan(
+        key, width=X.shape[1], num_samples=N, num_concepts=(num_concepts,), **options
+    )
+    return InColumns(*plan), given, X
 
 
 def solve(
@@ -47,32 +125,34 @@ def solve(
     """Does `semi_nmf.solve` for one number of concepts; activations go to `write(start, rows)`."""
     N, D = source.shape
     K = num_concepts
-    # The origin is zero: the model has no mean.
-    small = compress(source, key, columns(N, D, K), jnp.zeros(D, jnp.float32))
-    # The compressed rows lack what lies outside the basis, and so does their objective.
-    basis, energy, outside = small.basis, small.energy / 2, 0.5 * small.outside
-    X = jnp.asarray(small.X)
-    del small  # also frees its rows, which are on the device now
-    begun = phases.solve(
-        semi_nmf,
-        X,
+    origin = jnp.zeros(D, jnp.float32)  # the model has no mean
+    plan, given, shape = in_columns(
+        (N, D),
         key,
-        tell,
-        num_samples=N,
-        num_concepts=(K,),
+        num_concepts=K,
         alpha=alpha,
         nonnegative=nonnegative,
         tol=tol,
         max_iter=max_iter,
         n_init=n_init,
     )
+    basis = leading(source, key, shape.shape[1], origin)
+    phases.compiled(plan, given, shape)
+    give_back()  # before the columns take theirs
+    small = turn_to_axes(compress(source, basis, origin))
+    # The compressed rows lack what lies outside the basis, and so does their objective.
+    basis, energy, outside = small.basis, small.energy / 2, 0.5 * small.outside
+    # device_put, as asarray would copy an array that a CPU can use in place.
+    X = jax.device_put(small.X)
+    del small  # also frees its rows, if they are on another device now
+    begun = phases.watched(plan, given, X, None, tell or (lambda standing: None))
     del X
     atoms = matmul(begun.components[0, :K], basis.T)
     state = dictionary.begin(atoms, begun.objective[0] + outside)
     history = list(np.asarray(begun.history[0])[: int(begun.iterations[0]) + 1] + outside)
     assert begun.activations is not None, "a solver in memory returns activations"
-    codes, lasso = np.array(begun.activations[0, :, :K]), (jnp.float32(alpha), nonnegative)
-    begun = begun._replace(activations=None)  # frees another N K numbers
+    codes, lasso = np.asarray(begun.activations)[0, :, :K], (jnp.float32(alpha), nonnegative)
+    begun = begun._replace(activations=None)  # the first update frees them
     while len(history) <= max_iter and not state.error <= tol:
         state, codes = _update(source, energy, codes, state, *lasso)
         history.append(float(state.objective))
@@ -148,8 +228,19 @@ def collect(
 def _finish(
     Z: Array, codes: Array, state: Atoms, alpha: Array, nonnegative: bool
 ) -> tuple[Array, Array]:
-    Z = Z.astype(jnp.float32)
-    products, gram = inner_products(state.atoms, Z), matmul(state.atoms, state.atoms.T)
-    start = (codes * state.scale).T
-    codes = coding.encode(products, gram, alpha, start, nonnegative=nonnegative)
-    return semi_nmf.objective(Z, codes, state.atoms, alpha), codes.T
+    start = codes * state.scale
+    found, cost = _encoded(Z.astype(jnp.float32), start.T, state.atoms, alpha, nonnegative)
+    return total(cost).value, found
+
+
+def _encoded(
+    Z: Float[Array, "B D"],
+    codes: Float[Array, "K B"],
+    atoms: Float[Array, "K D"],
+    alpha: Float[Array, ""],
+    nonnegative: bool,
+) -> tuple[Float[Array, "B K"], Float[Array, " B"]]:
+    """Returns the optimal codes, and each row's share of the objective."""
+    products, gram = inner_products(atoms, Z), matmul(atoms, atoms.T)
+    codes = coding.encode(products, gram, alpha, codes, nonnegative=nonnegative)
+    return codes.T, semi_nmf.costs(Z, codes, atoms, alpha)

@@ -144,7 +144,7 @@ def origin(source: Source) -> Float[np.ndarray, " D"]:
 
 
 def give_back() -> None:
-    """Returns memory that the reader's threads freed to the system; glibc would keep it."""
+    """Returns memory that readers and compilers freed to the system; glibc would keep it."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
