@@ -25,7 +25,7 @@ from benchmarks.solvers import matrices, peers
 from benchmarks.solvers.__main__ import KEY, size_of
 from xlvlm_jax.concepts.decomposition import decompose
 
-SIZES = [(3000, 4096, 20), (20000, 512, 20), (10000, 4096, 256)]
+SIZES = [(3000, 4096, 20), (20000, 512, 20), (20000, 512, 256), (10000, 4096, 256)]
 
 
 def kinds(Z: np.ndarray, directory: Path) -> Iterator[tuple[str, Any]]:
