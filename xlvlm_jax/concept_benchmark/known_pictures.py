@@ -21,9 +21,8 @@ from xlvlm_jax.data import prompts, scenes
 from xlvlm_jax.data.answers import answered
 from xlvlm_jax.data.scenes.scene import SPLITS, Split
 from xlvlm_jax.metrics import embed_images
-from xlvlm_jax.storage import atomic, versions
+from xlvlm_jax.storage import tensors, versions
 from xlvlm_jax.storage.same_model import ADAPTER, model_of
-from xlvlm_jax.storage.tensors import as_bytes
 
 Progress = Callable[[int, int], None]
 BATCH = 50  # pictures that run together
@@ -338,5 +337,5 @@ def load_or_make(
     for part, pictures in (("fit", made.fit), ("test", made.test)):
         arrays |= {f"{part}.{name}": getattr(pictures, name) for name in Pictures._fields[1:]}
     directory.mkdir(parents=True, exist_ok=True)
-    atomic.write(path, as_bytes(arrays, {"pictures": json.dumps(asked)}))
+    tensors.write(path, arrays, {"pictures": json.dumps(asked)})
     return made

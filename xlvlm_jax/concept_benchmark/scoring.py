@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from PIL import Image
+from scipy import sparse
 
 from ports import VLM
 from xlvlm_jax import metrics
@@ -35,8 +36,9 @@ from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.concepts.removal import concept_directions
 from xlvlm_jax.data import scenes
 from xlvlm_jax.data.scenes.language import FAMILIES, caption_words
+from xlvlm_jax.metrics.codes import squared_deviations
 from xlvlm_jax.metrics.labels import factorise
-from xlvlm_jax.metrics.localisation import rank_auc, ranks
+from xlvlm_jax.metrics.localisation import rank_auc, ranks, sparse_ranks
 from xlvlm_jax.metrics.probing import (
     Probe,
     balanced_accuracy,
@@ -44,6 +46,8 @@ from xlvlm_jax.metrics.probing import (
     fit_probe,
     separation,
 )
+
+Csr = Any  # scipy.sparse.csr_array
 
 VALUES: dict[str, tuple[Any, ...]] = {
     "kind": scenes.KINDS,
@@ -59,6 +63,7 @@ ASKED = 12  # pictures that concepts are edited on
 # Rows that are encoded together on a CPU: with snmf, 256 took 1.06 times and 1,024 1.22 times as
 # long for the benchmark's own states. An accelerator runs all at once.
 ENCODED = 512
+DENSE = 2**26  # codes that are in memory as a matrix with its zeros
 ADD, ABLATE = (0.1,), (1.0,)
 OWN_TOKENS = 32  # room for the tokens of a concept's words, so that dictionaries share a program
 
@@ -255,10 +260,10 @@ def pooled(
 
 
 class Coded(NamedTuple):
-    """The codes of pictures."""
+    """The codes of pictures. Those of rows are sparse: a dictionary may have many concepts."""
 
-    cells: Float[np.ndarray, "N C K"]
-    said: Float[np.ndarray, "R K"]
+    cells: Csr  # float32[N C, K]
+    said: Csr  # float32[R, K]
     picture: Float[np.ndarray, "N K"]  # pooled
     coefficients: Float[np.ndarray, "N K"]  # pooled, see `coefficients_of`
 
@@ -304,20 +309,51 @@ def coefficients_of(
     """
     if not method_named(concepts.method).is_centroids:
         return codes
-    return np.eye(codes.shape[1], dtype=codes.dtype)[codes.argmax(axis=1)]
+    nearest = np.zeros_like(codes)
+    np.put_along_axis(nearest, codes.argmax(axis=1)[:, None], 1, axis=1)
+    return nearest
 
 
 def _coded(concepts: Concepts, part: Pictures, kept: int | None) -> Coded:
-    N, C, _ = part.cells.shape
-    flat = encode(concepts, part.states, kept)
-    split = N * C
+    cells, of_cells = _sparse_codes(concepts, part.cells.reshape(-1, part.cells.shape[2]), kept)
+    said, of_said = _sparse_codes(concepts, part.said, kept)
 
-    def apart(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return codes[:split].reshape(N, C, -1), codes[split:]
+    def pooled_codes(cells: Csr, said: Csr) -> np.ndarray:
+        N, C, _ = part.cells.shape
+        means = _sums(cells, np.repeat(np.arange(N), C), N) / C
+        counts = np.maximum(np.bincount(part.picture, minlength=N), 1)[:, None]
+        return (means + _sums(said, part.picture, N) / counts) / 2
 
-    cells, said = apart(flat)
-    own = apart(coefficients_of(concepts, flat))
-    return Coded(cells, said, pooled(cells, said, part.picture), pooled(*own, part.picture))
+    return Coded(cells, said, pooled_codes(cells, said), pooled_codes(of_cells, of_said))
+
+
+def _sparse_codes(
+    concepts: Concepts, rows: Float[np.ndarray, "M D"], kept: int | None
+) -> tuple[Csr, Csr]:
+    """Returns the codes of rows and their coefficients, see `coefficients_of`."""
+    codes: list[Csr] = []
+    coefficients: list[Csr] = []
+    for at in _starts(rows, concepts):
+        dense = encode(concepts, rows[at], kept)
+        codes.append(sparse.csr_array(dense))
+        own = coefficients_of(concepts, dense)
+        coefficients.append(codes[-1] if own is dense else sparse.csr_array(own))
+    found = sparse.vstack(codes, "csr")
+    is_same = all(one is other for one, other in zip(codes, coefficients, strict=True))
+    return found, found if is_same else sparse.vstack(coefficients, "csr")
+
+
+def _starts(rows: Float[np.ndarray, "M D"], concepts: Concepts) -> list[slice]:
+    """Returns parts of rows whose codes fit in memory; one if there are no rows."""
+    size = max(DENSE // len(concepts.components), 1)
+    return [slice(at, at + size) for at in range(0, max(len(rows), 1), size)]
+
+
+def _sums(rows: Csr, groups: Int[np.ndarray, " M"], count: int) -> Float[np.ndarray, "N K"]:
+    """Returns the sum of the rows of each group, in float64."""
+    M = rows.shape[0]
+    members: Csr = sparse.csr_array((np.ones(M), (groups, np.arange(M))), shape=(count, M))
+    return (members @ rows).toarray()
 
 
 def score_dictionary(
@@ -406,11 +442,11 @@ def _names_of(task: Task) -> set[str]:
 def _fidelity(
     concepts: Concepts, ground: Ground, fit: Coded, test: Coded, kept: int | None
 ) -> dict[str, float]:
-    pictures = ground.pictures
-    K = len(concepts.components)
-    states = pictures.test.states
-    codes = np.concatenate([test.cells.reshape(-1, K), test.said])
-    alive = (codes != 0).any(axis=0) | (fit.picture != 0).any(axis=0)
+    pictures, part = ground.pictures, ground.pictures.test
+    count = test.cells.shape[0] + test.said.shape[0]
+    indices = np.concatenate([test.cells.indices, test.said.indices])
+    active = np.bincount(indices, minlength=len(concepts.components))
+    alive = (active > 0) | (fit.picture != 0).any(axis=0)
     losses = spliced_losses(
         ground.spliced,
         lambda rows: remade(concepts, encode(concepts, rows, kept), rows),
@@ -418,13 +454,25 @@ def _fidelity(
     )
     own, spliced, mean = (float(losses[name].mean()) for name in ("own", "spliced", "mean"))
     return {
-        "explained_variance": float(
-            metrics.explained_variance(states, remade(concepts, codes, states))
+        "explained_variance": _explained(
+            concepts,
+            [(part.cells.reshape(-1, part.cells.shape[2]), test.cells), (part.said, test.said)],
         ),
-        "l0": float(np.count_nonzero(codes) / len(codes)),
+        "l0": float(active.sum() / count),
         "dead_share": float(1 - alive.mean()),
         "loss_recovered": float(loss_recovered(own, spliced, mean)) if mean != own else np.nan,
     }
+
+
+def _explained(concepts: Concepts, parts: Sequence[tuple[Float[np.ndarray, "_ D"], Csr]]) -> float:
+    """Returns 1 - |Z - reconstruction|^2 / |Z - mean of Z|^2 of all rows of pairs (Z, codes)."""
+    error = 0.0
+    for states, codes in parts:
+        for at in _starts(states, concepts):
+            made = remade(concepts, codes[at].toarray(), states[at])
+            error += float(np.sum((states[at].astype(np.float64) - made) ** 2))
+    variance = squared_deviations((0, states) for states, _ in parts if len(states))
+    return 1 - error / variance if variance > 0 else float("nan")
 
 
 def _probing(ground: Ground, fit: Coded, test: Coded) -> dict[str, float]:
@@ -478,8 +526,7 @@ def _perturbation(concepts: Concepts, ground: Ground, fit: Coded, test: Coded) -
 
 def _localisation(ground: Ground, fit: Coded, test: Coded) -> dict[str, float]:
     """Returns how well the best concept of each value points at the cells that show it."""
-    K = fit.cells.shape[-1]
-    ranked = ranks(fit.cells.reshape(-1, K))
+    ranked = sparse_ranks(fit.cells)
     pictures, found = ground.pictures, []
     for j, (attribute, _) in enumerate(ground.tasks):
         if attribute not in LOCATED:
@@ -489,8 +536,9 @@ def _localisation(ground: Ground, fit: Coded, test: Coded) -> dict[str, float]:
         positive = (here[:, None] & shown[0].cells).reshape(-1)
         if positive.all() or not positive.any():
             continue
-        values = test.cells[..., int(rank_auc(ranked, positive).argmax())]
+        best = int(rank_auc(ranked, positive).argmax())
         where = shown[1]
+        values = test.cells[:, [best]].toarray().reshape(where.cells.shape)
         points = metrics.pointing(values[there], where.region[there])
         area = pictures.test.area[there] - where.pixels[there]
         auc = metrics.picture_auc(values[there], where.pixels[there], area)

@@ -15,6 +15,7 @@ from xlvlm_jax.concepts.encoding import encode
 from xlvlm_jax.concepts.methods import method_named
 from xlvlm_jax.concepts.record import Concepts
 
+DENSE = 2**26  # codes that are computed together
 SEARCHED = 4096  # rows, spread evenly, that a penalty is searched on
 CLOSE = 0.02  # deviation of the mean L0 at which the search for a penalty ends
 STEPS = 20
@@ -78,9 +79,17 @@ def _with_thresholds(
         }
         return dataclasses.replace(dictionary, params=params)
 
-    values = np.asarray(encode(scaled(0.0), rows), np.float64) / unit
-    values = np.concatenate([values.reshape(-1), [0.0]])
-    largest = np.partition(values, -k * len(rows) - 1)[-k * len(rows) - 1 :]
+    # The largest k codes per row and the one after them, without all codes in memory at once.
+    bare, count = scaled(0.0), k * len(rows) + 1
+    largest = np.zeros(1)
+    size = max(DENSE // len(given), 1)
+    for at in range(0, len(rows), size):
+        values = (np.asarray(encode(bare, rows[at : at + size]), np.float64) / unit).reshape(-1)
+        if len(largest) == count:
+            values = values[values > largest.min()]
+        largest = np.concatenate([largest, values])
+        if len(largest) > count:
+            largest = np.partition(largest, -count)[-count:]
     last, first = np.partition(largest, 1)[:2]  # the largest that is left out, the smallest kept
     return scaled((last + first) / 2)
 

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Shaped
 
 from xlvlm_jax.sae import Dictionary
+from xlvlm_jax.solvers.buckets import bucket_of_rows
 from xlvlm_jax.solvers.sae.batches import take_rows
 from xlvlm_jax.solvers.validation import (
     StoredMatrix,
@@ -93,9 +94,21 @@ def decode(
     Raises:
         ValueError: `states` are needed and not given.
     """
-    rows = None if states is None else _with_heads(dictionary, jnp.asarray(states))
-    found = _decode(dictionary, jnp.asarray(codes), rows)
-    return found.reshape(codes.shape[0], -1).astype(jnp.float32)
+    N = codes.shape[0]
+    # Another number of rows in each call, as tokens of batches are, shares a program.
+    traced = isinstance(codes, Tracer) or isinstance(states, Tracer)
+    missing = 0 if traced else bucket_of_rows(*codes.shape) - N
+    rows = None if states is None else _with_heads(dictionary, _longer(states, missing))
+    found = _decode(dictionary, _longer(codes, missing), rows)[:N]
+    return found.reshape(N, -1).astype(jnp.float32)
+
+
+def _longer(rows: Shaped[AnyArray, "N D"], missing: int) -> Shaped[Array, "M D"]:
+    """Returns rows with so many rows of zeros after them."""
+    if not missing:
+        return jnp.asarray(rows)
+    xp = np if isinstance(rows, np.ndarray) else jnp  # on the host, without a program for this N
+    return jnp.asarray(xp.pad(rows, ((0, missing), (0, 0))))
 
 
 def encode_all(

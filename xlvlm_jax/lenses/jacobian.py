@@ -31,9 +31,8 @@ from ports.intervene.steer import steer
 from ports.nn.vision_language import VisionLanguageModel
 from ports.parallel import compiled
 from xlvlm_jax.features.pth.reader import read_pth
-from xlvlm_jax.storage import atomic, damaged, versions
+from xlvlm_jax.storage import damaged, tensors, versions
 from xlvlm_jax.storage.same_model import model_of, require_model
-from xlvlm_jax.storage.tensors import as_bytes
 
 Array = jax.Array
 KIND, NAME = "jacobian lens", "layers.{}"
@@ -163,11 +162,11 @@ class JacobianLens:
             "kind": KIND,
             "described": json.dumps({"version": versions.VERSION} | described),
         }
-        tensors = {
+        matrices = {
             NAME.format(number): np.asarray(matrix, np.float32)
             for number, matrix in self.jacobians.items()
         }
-        atomic.write(path, as_bytes(tensors, metadata))
+        tensors.write(path, matrices, metadata)
 
 
 def load_jacobian_lens(path: str | Path) -> JacobianLens:

@@ -9,8 +9,11 @@ Source: pointing game, Zhang et al. 2016, "Top-down neural attention by excitati
 N pictures, C cells of a picture, n rows, K columns.
 """
 
+from typing import Any, NamedTuple
+
 import numpy as np
 from jaxtyping import Bool, Float, Num
+from scipy import sparse
 
 
 def pointing(
@@ -88,13 +91,54 @@ def ranks(values: Float[np.ndarray, "n K"]) -> Float[np.ndarray, "n K"]:
     return rankdata(values, axis=0)
 
 
+class SparseRanks(NamedTuple):
+    """Ranks in columns most of whose values are zero."""
+
+    zero: Float[np.ndarray, " K"]  # the rank of the zeros of each column
+    # scipy.sparse.csc_array, float64[n, K]: ranks of the other values, less that of the zeros.
+    beyond: Any
+
+
+def sparse_ranks(values: Any) -> SparseRanks:
+    """Returns the rank of each value in its column, as `ranks`, from the values that are not zero.
+
+    Args:
+        values: float[n, K], scipy.sparse.csr_array or csc_array.
+
+    Examples:
+        >>> import numpy as np
+        >>> from scipy import sparse
+        >>> from xlvlm_jax.metrics import localisation
+        >>> found = localisation.sparse_ranks(sparse.csr_array(np.float32([[0], [3], [0], [-1]])))
+        >>> (found.beyond.toarray() + found.zero).ravel().tolist()
+        [2.5, 4.0, 2.5, 1.0]
+    """
+    columns: Any = sparse.csc_array(values, copy=True)
+    columns.eliminate_zeros()
+    (n, K), counts = columns.shape, np.diff(columns.indptr)
+    column = np.repeat(np.arange(K), counts)
+    order = np.lexsort((columns.data, column))
+    data, column = columns.data[order], column[order]
+    starts = np.ones(len(data), bool)  # of runs of equal values
+    starts[1:] = (data[1:] != data[:-1]) | (column[1:] != column[:-1])
+    first, run = np.flatnonzero(starts), np.cumsum(starts) - 1
+    lengths = np.diff(np.append(first, len(data)))
+    own = (first - columns.indptr[column[first]] + (lengths + 1) / 2)[run]
+    zeros = n - counts
+    zero = np.bincount(column, data < 0, K) + (zeros + 1) / 2
+    beyond = np.empty(len(data))
+    beyond[order] = own + np.where(data > 0, zeros[column], 0) - zero[column]
+    made = sparse.csc_array((beyond, columns.indices, columns.indptr), shape=(n, K))
+    return SparseRanks(zero, made)
+
+
 def rank_auc(
-    ranks: Float[np.ndarray, "n K"], positive: Bool[np.ndarray, " n"]
+    ranks: Float[np.ndarray, "n K"] | SparseRanks, positive: Bool[np.ndarray, " n"]
 ) -> Float[np.ndarray, " K"]:
     """Returns the area under the ROC curve of each column, from its ranks.
 
     Args:
-        ranks: float[n, K], of `ranks`, computed once for many classes.
+        ranks: float[n, K], of `ranks` or `sparse_ranks`, computed once for many classes.
         positive: bool[n].
 
     Returns:
@@ -113,8 +157,14 @@ def rank_auc(
         [1.0, 0.5]
     """
     p, n = int(positive.sum()), int((~positive).sum())
-    if len(ranks) != len(positive) or not p or not n:
+    is_sparse = isinstance(ranks, SparseRanks)
+    rows = ranks.beyond.shape[0] if is_sparse else len(ranks)
+    if rows != len(positive) or not p or not n:
         raise ValueError(
-            f"{len(ranks)} rows have {p} positive and {n} negative labels; expected some of both"
+            f"{rows} rows have {p} positive and {n} negative labels; expected some of both"
         )
-    return (ranks[positive].sum(axis=0) - p * (p + 1) / 2) / (p * n)
+    if is_sparse:
+        total = positive.astype(np.float64) @ ranks.beyond + p * ranks.zero
+    else:
+        total = ranks[positive].sum(axis=0)
+    return (total - p * (p + 1) / 2) / (p * n)

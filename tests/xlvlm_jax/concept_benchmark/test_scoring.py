@@ -5,8 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from xlvlm_jax import Concepts, project
+from xlvlm_jax import Concepts, metrics, project
 from xlvlm_jax.concept_benchmark import random_dictionary, score_dictionary, scoring
+from xlvlm_jax.concept_benchmark.dictionaries import remade
 from xlvlm_jax.concept_benchmark.measures import MEASURES
 from xlvlm_jax.data.scenes.language import FAMILIES
 
@@ -132,6 +133,26 @@ def test_all_states_lose_nothing(ground):
     values = scoring._fidelity(nothing, ground, fit, test, None)
     assert values["loss_recovered"] == pytest.approx(0, abs=1e-4)
     assert values["explained_variance"] == pytest.approx(0, abs=0.2) and values["l0"] == 0
+
+
+def test_codes_are_never_all_in_memory(ground, supervised, monkeypatch):
+    """Blocks of rows do not count, and pooled codes are those of the codes as a matrix."""
+    part = ground.pictures.fit
+    whole = scoring._coded(supervised, part, 4)
+    cells = whole.cells.toarray().reshape(*part.cells.shape[:2], -1)
+    expected = scoring.pooled(cells, whole.said.toarray(), part.picture)
+    np.testing.assert_allclose(whole.picture, expected, atol=1e-6)
+    explained = scoring._explained(supervised, [(part.said, whole.said)])
+    assert explained == pytest.approx(
+        metrics.explained_variance(part.said, remade(supervised, whole.said.toarray(), part.said)),
+        abs=1e-5,
+    )
+    monkeypatch.setattr(scoring, "DENSE", 500 * K)
+    parts = scoring._coded(supervised, part, 4)
+    np.testing.assert_allclose(parts.cells.toarray(), whole.cells.toarray(), atol=1e-4)
+    np.testing.assert_allclose(parts.picture, whole.picture, atol=1e-4)
+    again = scoring._explained(supervised, [(part.said, parts.said)])
+    assert again == pytest.approx(explained, abs=1e-5)
 
 
 def test_too_few_pictures(vlm, pictures):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from xlvlm_jax import Concepts, project, sae
-from xlvlm_jax.concept_benchmark import with_mean_l0
+from xlvlm_jax.concept_benchmark import sparsity, with_mean_l0
 from xlvlm_jax.concept_benchmark.sparsity import CLOSE
 
 RNG = np.random.default_rng(0)
@@ -79,6 +79,17 @@ def test_others_stay_as_they_are():
         Concepts.from_components(ATOMS[:3], "pca"),
     ):
         assert with_mean_l0(given, ROWS, 2) is given
+
+
+@pytest.mark.parametrize("k", [1, 12])
+def test_blocks_of_rows_do_not_count(k, monkeypatch):
+    concepts = Concepts.from_dictionary(autoencoder("jumprelu", threshold=np.ones(12)))
+    whole = with_mean_l0(concepts, ROWS, k)
+    monkeypatch.setattr(sparsity, "DENSE", 12 * 150)
+    parts = with_mean_l0(concepts, ROWS, k)
+    np.testing.assert_array_equal(
+        parts.dictionary.params["threshold"], whole.dictionary.params["threshold"]
+    )
 
 
 def test_messages():

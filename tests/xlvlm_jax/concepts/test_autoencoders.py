@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 import xlvlm_jax
 from xlvlm_jax import Concepts, Features, sae
-from xlvlm_jax.concepts import autoencoders, reconstruct
+from xlvlm_jax.concepts import autoencoders, encoding, reconstruct
 from xlvlm_jax.concepts.encoding import encode_all
 from xlvlm_jax.concepts.methods import TRAINED, method_named
 from xlvlm_jax.concepts.picture_maps import concept_site
@@ -563,3 +563,15 @@ def test_every_name_of_files_is_known():
     for name in (*METHODS.values(), *TRAINED):
         assert method_named(name).has_encoder
     assert dataclasses.is_dataclass(method_named("topk-sae").training)
+
+
+def test_reconstructions_of_any_few_rows_share_a_program(concepts):
+    dictionary = concepts.dictionary
+    codes = np.asarray(dictionary.encode(Z))
+    expected = np.asarray(dictionary.decode(codes))
+    encoding.decode(dictionary, codes[:17])
+    compiled = encoding._decode._cache_size()
+    for count in (18, 21, 23):
+        found = encoding.decode(dictionary, codes[:count], Z[:count])
+        np.testing.assert_allclose(found, expected[:count], rtol=1e-5, atol=1e-5)
+        assert encoding._decode._cache_size() <= compiled + 1  # with states, another one

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from xlvlm_jax.features import reader
 from xlvlm_jax.features import writer as store
 from xlvlm_jax.features.reader import Features
 from xlvlm_jax.features.writer import FeaturesWriter
@@ -448,3 +449,18 @@ def test_damage_is_one_clear_line(tmp_path, harm, message):
     with pytest.raises(ValueError, match=message) as caught:
         list(Features.open(tmp_path / "features").samples)
     assert "\n" not in str(caught.value)
+
+
+def test_the_mean_row_is_summed_by_tiles(tmp_path, monkeypatch):
+    monkeypatch.setattr(reader, "_TILE", 2)
+    for dtype in (np.float32, ml_dtypes.bfloat16):
+        with FeaturesWriter(tmp_path / np.dtype(dtype).name, {}) as writer:
+            rows = (1000 + np.arange(15).reshape(5, 3)).astype(dtype)
+            index = np.arange(5)
+            writer.append([{"id": str(i)} for i in index], {"s": rows}, index, index, index)
+            writer.close()
+        features = Features.open(tmp_path / np.dtype(dtype).name)
+        expected = rows.astype(np.float64).mean(axis=0).astype(np.float32)
+        np.testing.assert_array_equal(features.mean("s"), expected)
+        with pytest.raises(ValueError, match="no site 't'; expected one of s"):
+            features.mean("t")

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import sparse
 from sklearn.metrics import roc_auc_score
 
 from xlvlm_jax import metrics
@@ -54,3 +55,22 @@ def test_messages():
         metrics.picture_auc(values, np.ones((2, 3)), np.ones((1, 3)))
     with pytest.raises(ValueError, match="2 rows have 2 positive and 0 negative labels"):
         localisation.rank_auc(values, np.ones(2, bool))
+
+
+@pytest.mark.parametrize("share", [0, 0.1, 0.6, 1])
+def test_ranks_of_sparse_columns_are_those_of_all_values(share):
+    values = RNG.integers(-2, 4, (50, 7)) * (RNG.random((50, 7)) < share)
+    values = values.astype(np.float32)
+    values[:, 3] = 0
+    found = localisation.sparse_ranks(sparse.csr_array(values))
+    whole = localisation.ranks(values)
+    np.testing.assert_array_equal(
+        found.beyond.toarray() + found.zero * (values == 0),
+        np.where(values == 0, whole, whole - found.zero),
+    )
+    positive = RNG.random(50) < 0.4
+    np.testing.assert_allclose(
+        localisation.rank_auc(found, positive), localisation.rank_auc(whole, positive), rtol=1e-12
+    )
+    with pytest.raises(ValueError, match="50 rows have 0 positive and 50 negative"):
+        localisation.rank_auc(found, np.zeros(50, bool))

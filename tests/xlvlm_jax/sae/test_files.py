@@ -137,6 +137,9 @@ class TestScopes:
             dictionary.encode(self.X), self.by_hand(weights, self.X)[0], rtol=1e-5, atol=1e-6
         )
         assert dictionary.site == "model.layers.12"
+        (folder / "params.npz").write_bytes(b"PK")
+        with pytest.raises(ValueError, match=r"params.npz is not a file of arrays .*fetch it"):
+            sae.load(folder)
 
     @pytest.mark.parametrize(
         ("folder", "site", "scale"),

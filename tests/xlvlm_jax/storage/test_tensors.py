@@ -8,11 +8,12 @@ import hypothesis.extra.numpy as drawn
 import numpy as np
 import pytest
 from hypothesis import strategies
+from safetensors import safe_open
 from safetensors.numpy import load
 
 import ports
 import xlvlm_jax
-from xlvlm_jax.storage.tensors import as_bytes, write_with_rows
+from xlvlm_jax.storage.tensors import as_bytes, write, write_with_rows
 
 Z = np.arange(12, dtype=np.float32).reshape(3, 4)
 
@@ -23,6 +24,24 @@ def test_rows_are_written_in_blocks(tmp_path):
     found, usual = load((tmp_path / "file").read_bytes()), load(as_bytes(others | {"rows": Z}))
     for name, array in usual.items():
         np.testing.assert_array_equal(found[name], array, strict=True)
+
+
+def test_what_is_written_array_by_array_is_what_is_written_at_once(tmp_path):
+    given = {
+        "rows": Z.T,
+        "flags": np.array([True, False, True]),
+        "ids": np.int64([[1, -2]]),
+        "few": np.int32([7])[::-1],
+        "empty": np.zeros((0, 2), np.float32),
+        "one": np.asarray(np.float32(3)),
+    }
+    write(tmp_path / "file", given, {"kind": "x"})
+    usual = load(as_bytes(given))
+    with safe_open(tmp_path / "file", "numpy") as file:
+        assert file.metadata() == {"kind": "x"}
+        assert set(file.keys()) == set(usual)
+        for name, array in usual.items():
+            np.testing.assert_array_equal(file.get_tensor(name), array, strict=True)
 
 
 @pytest.mark.parametrize(
