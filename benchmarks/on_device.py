@@ -19,7 +19,8 @@ then each program beside the limit that it cannot beat:
                  a decode step against reading the weights once
 
 The JSON is named with the card and holds versions and times of compilation. A part that would begin
-after `--budget` seconds is left out, and the table says so.
+after `--budget` seconds is left out; BEYOND seconds later the run ends whatever it is doing, with
+status 3 and what was measured until then. Without an accelerator it ends at once with status 2.
 """
 
 import argparse
@@ -29,6 +30,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -51,6 +53,7 @@ from xlvlm_jax.demo import embedded
 BOUNDS = {"logits": 1e-4, "states": 1e-5, "gradient": 1e-4, "objective": 1e-5, "components": 1e-4}
 SITE = "language_model.model.layers.3"
 PARTS = ("values", "limits", "solvers", "generation")
+BEYOND = 50  # seconds after the budget that a part may go on for
 METHODS = ("snmf", "kmeans", "pca", "simple")
 _LANGUAGE = {
     "hidden_size": 128,
@@ -131,11 +134,12 @@ def _of_embedded() -> Iterator[tuple[str, Any]]:
     yield "embedded tokens steered", vlm.generate(inputs, max_new_tokens=16, edits=edits).tokens
     arrays = {name: jnp.asarray(value) for name, value in vlm.prepare(inputs).items()}
 
-    def loss(vector: jax.Array) -> jax.Array:
-        logits = ports.steer(vlm.apply, {SITE: ports.add(vector)})(vlm.params, arrays)
+    # Parameters that a program closes over are constants, which XLA computes with as it compiles.
+    def loss(vector: jax.Array, params: Any, arrays: Any) -> jax.Array:
+        logits = ports.steer(vlm.apply, {SITE: ports.add(vector)})(params, arrays)
         return -jax.nn.log_softmax(logits[:, -1])[:, 7].mean()
 
-    yield "embedded gradient", jax.jit(jax.grad(loss))(jnp.asarray(vector))
+    yield "embedded gradient", jax.jit(jax.grad(loss))(jnp.asarray(vector), vlm.params, arrays)
 
 
 def _of_ports() -> Iterator[tuple[str, Any]]:
@@ -400,48 +404,110 @@ def rate_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def run(parts: list[str], sizes: Sizes, budget: float, console: Console) -> dict[str, Any]:
-    """Runs the parts in order, as far as the budget of seconds allows, and returns the results."""
-    began = time.perf_counter()
-    results: dict[str, Any] = {"values": [], "limits": None, "rates": [], "left_out": []}
+class Run:
+    """A run's results so far, which are saved however it ends.
 
-    def allowed(part: str) -> bool:
-        if part in parts and time.perf_counter() - began > budget:
-            results["left_out"].append(part)
+    Args:
+        budget: seconds after which no part begins.
+        output: directory of the JSON.
+        console: where tables and lines go.
+    """
+
+    def __init__(self, budget: float, output: Path, console: Console):
+        self.began, self.budget = time.perf_counter(), budget
+        self.output, self.console = output, console
+        self.card = ""
+        self.results: dict[str, Any] = {"values": [], "limits": None, "rates": [], "left_out": []}
+        self.part = "start"
+        self.reference: subprocess.Popen | None = None
+        # Compilers and devices let other threads run while they are waited for.
+        self.end = threading.Timer(max(budget + BEYOND, 0), self._give_up)
+        self.end.daemon = True
+        self.end.start()
+
+    def begins(self, part: str) -> bool:
+        """Returns whether there is time for a part; if not, notes that it is left out."""
+        if time.perf_counter() - self.began > self.budget:
+            self.results["left_out"].append(part)
             return False
-        return part in parts
+        self.part = part
+        return True
 
+    def save(self) -> None:
+        """Writes the JSON and says where."""
+        self.results["seconds"] = time.perf_counter() - self.began
+        self.output.mkdir(parents=True, exist_ok=True)
+        path = self.output / f"on_device-{self.card}.json"
+        path.write_text(json.dumps({"machine": measure.machine("flax"), **self.results}, indent=1))
+        self.console.print(f"saved to {path} after {self.results['seconds']:.0f} s")
+
+    def _give_up(self) -> None:
+        if self.reference is not None:
+            self.reference.kill()
+        self.results["stopped"] = self.part
+        self.console.print(f"stopped in {self.part} after {self.budget + BEYOND:.0f} s")
+        if self.card:
+            self.save()
+        os._exit(3)
+
+
+def check_values(run: Run) -> None:
+    """Compares this machine's accelerator with its CPU.
+
+    Raises:
+        SystemExit: the run on the CPU failed.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         reference = Path(scratch, "cpu.npz")
-        process = start_reference(reference) if "values" in parts else None
+        run.reference = start_reference(reference)
         try:
-            ours = values() if process is not None else {}
+            ours = values()
             # The CPU computes beside what is compared, never beside what is timed.
-            if process is not None:
-                if process.wait() != 0:
-                    raise SystemExit("the reference run on the CPU failed (see above)")
-                with np.load(reference) as cpu:
-                    results["values"] = compared(ours, dict(cpu))
-                console.print(value_table(results["values"]))
+            if run.reference.wait() != 0:
+                raise SystemExit("the reference run on the CPU failed (see above)")
+            with np.load(reference) as cpu:
+                run.results["values"] = compared(ours, dict(cpu))
         finally:
-            if process is not None:
-                process.kill()
-    if set(parts) - {"values"}:  # all rates are held against the limits
-        limits = measure_limits(sizes)
-        results["limits"] = limits._asdict()
-        console.print(
-            f"limits: {limits.bfloat16 / 1e12:.1f} TFLOP/s in bfloat16, "
-            f"{limits.float32 / 1e12:.1f} in float32 at highest precision, "
-            f"{limits.bytes / 1e9:.0f} GB/s copied"
+            run.reference.kill()
+    run.console.print(value_table(run.results["values"]))
+
+
+def check_rates(run: Run, parts: list[str], sizes: Sizes) -> None:
+    """Measures the card's limits, and programs against them."""
+    if not run.begins("limits"):  # all rates are held against the limits
+        run.results["left_out"] += [part for part in parts if part in ("solvers", "generation")]
+        return
+    limits = measure_limits(sizes)
+    run.results["limits"] = limits._asdict()
+    run.console.print(
+        f"limits: {limits.bfloat16 / 1e12:.1f} TFLOP/s in bfloat16, "
+        f"{limits.float32 / 1e12:.1f} in float32 at highest precision, "
+        f"{limits.bytes / 1e9:.0f} GB/s copied"
+    )
+    for part, rates in (("solvers", solver_rates), ("generation", generation_rates)):
+        if part in parts and run.begins(part):
+            for row in rates(sizes, limits):
+                run.results["rates"].append(row)
+    run.console.print(rate_table(run.results["rates"]))
+
+
+def card_of(tiny: bool) -> str:
+    """Returns the kind of the accelerator; of any device for small sizes.
+
+    Raises:
+        ValueError: JAX finds no accelerator.
+    """
+    try:
+        device = jax.devices()[0]
+    except RuntimeError as error:
+        why = str(error).strip().splitlines()[0]
+        raise ValueError(f"JAX cannot use its devices: {why}") from None
+    if device.platform == "cpu" and not tiny:
+        raise ValueError(
+            "JAX finds no accelerator here, only the CPU; install jax[cuda] or jax[tpu], or pass "
+            "--tiny to try the script with small sizes"
         )
-        for part, rates in (("solvers", solver_rates), ("generation", generation_rates)):
-            if allowed(part):
-                results["rates"] += rates(sizes, limits)
-        console.print(rate_table(results["rates"]))
-    if results["left_out"]:
-        console.print(f"left out, as {budget:.0f} s had passed: {', '.join(results['left_out'])}")
-    results["seconds"] = time.perf_counter() - began
-    return results
+    return device.device_kind
 
 
 def main() -> None:
@@ -457,15 +523,23 @@ def main() -> None:
     if arguments.reference is not None:
         np.savez(arguments.reference, **values())
         return
-    console = Console(width=120)
-    card = re.sub(r"\W+", "-", jax.devices()[0].device_kind).strip("-").lower()
-    console.print(f"{len(jax.devices())} x {jax.devices()[0].device_kind}, jax {jax.__version__}")
-    results = run(arguments.parts, TINY if arguments.tiny else FULL, arguments.budget, console)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    path = arguments.output / f"on_device-{card}.json"
-    path.write_text(json.dumps({"machine": measure.machine("flax"), **results}, indent=1) + "\n")
-    console.print(f"saved to {path} after {results['seconds']:.0f} s")
-    wrong = [row["value"] for row in results["values"] if not row["ok"]]
+    run = Run(arguments.budget, arguments.output, Console(width=120))
+    try:
+        card = card_of(arguments.tiny)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    run.card = re.sub(r"\W+", "-", card).strip("-").lower()
+    run.console.print(f"{len(jax.devices())} x {card}, jax {jax.__version__}")
+    if "values" in arguments.parts and run.begins("values"):
+        check_values(run)
+    if set(arguments.parts) - {"values"}:
+        check_rates(run, arguments.parts, TINY if arguments.tiny else FULL)
+    run.end.cancel()
+    if left := run.results["left_out"]:
+        run.console.print(f"left out, as {run.budget:.0f} s had passed: {', '.join(left)}")
+    run.save()
+    wrong = [row["value"] for row in run.results["values"] if not row["ok"]]
     if wrong:
         raise SystemExit(f"{len(wrong)} values differ from the CPU's: {', '.join(wrong)}")
 

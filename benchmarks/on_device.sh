@@ -5,8 +5,9 @@
 #     PYTHON=/path/to/python3 benchmarks/on_device.sh --output DIR
 #
 # Uses the Python that is there and nothing from the network. It needs jax, flax, numpy, optax,
-# transformers and pillow; the project itself need not be installed. Exits with status 1 if a value
-# differs from the CPU's. See benchmarks/on_device.py for what is measured.
+# transformers, pillow, rich and jaxtyping; the project itself need not be installed. Exits with
+# status 1 if a value differs from the CPU's, 2 if there is no accelerator, 3 if it was not done in
+# time. See benchmarks/on_device.py for what is measured.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -145,7 +145,7 @@ def lora_step(name: str, whole: bool, place: Place, times: int) -> Built:
     del times
     vlm = model_of(name, place, whole)
     # transformers' names of layers do not depend on weights.
-    settings = FinetuneSettings(steps=10)
+    settings = FinetuneSettings(steps=10, recompute=True)
     shapes = training.lora.linear_layers(vlm.params)
     inside = {s: v for s, v in shapes.items() if s.startswith(f"{vlm.decoder}.") and s != vlm.head}
     ranks = training.lora.Ranks(settings.rank, settings.alpha)

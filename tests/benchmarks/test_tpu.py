@@ -236,7 +236,8 @@ def test_kernels_fit_and_read_fast(tmp_path):
 @needs_libtpu
 @pytest.mark.slow
 def test_models_whose_checkpoints_have_fused_layers_send_sums_alone(tmp_path):
-    # No step of LoRA: LLaVA's takes 52 seconds of a core at this depth, Molmo's more than 84.
+    # No step of LoRA: at this depth LLaVA's takes 52 seconds of a core and Molmo's 107; with one
+    # layer, one crop and 256 positions still 64. See LORA_STEP below.
     done = benchmark(
         "--programs", "molmo-7b-d extraction", "qwen2-vl-7b extraction",
         "--topologies", "v5e:2x2", "--mesh", "1x4", "--output", tmp_path / "models.json",
@@ -244,3 +245,53 @@ def test_models_whose_checkpoints_have_fused_layers_send_sums_alone(tmp_path):
     assert done.returncode == 0, done.stdout
     rows = json.loads((tmp_path / "models.json").read_text())["rows"]
     assert all({each["kind"] for each in row["collectives"]} == {"all-reduce"} for row in rows)
+
+
+# One layer at its real width. What devices send is decided before the program is one of a CPU or a
+# TPU; the kernel of attention, which only a TPU has, sends nothing.
+LORA_STEP = """
+import sys
+import jax
+from benchmarks.tpu import measured, model_cases
+from benchmarks.tpu.chips import CHIPS, Place
+from benchmarks.tpu.hlo import Program
+from ports.models.molmo.model import Molmo
+from ports.parallel import sharding
+
+model_cases.CUT["molmo-7b-d"]["num_hidden_layers"] = 1
+Molmo.axes = Molmo.axes | eval(sys.argv[1])
+place = Place("cpu", CHIPS["v5e"], tuple(jax.devices()), sharding.make_mesh(1, 4))
+built = model_cases.lora_step("molmo-7b-d", False, place, 1)
+lowered = jax.jit(built.function, donate_argnums=built.donate).lower(*built.arguments)
+program = Program(lowered.compile().as_text())
+print({each["kind"] for each in measured.collectives(program)})
+print(*measured.broken(built, {"share of memory": 0}, program, place), sep="\\n")
+"""
+
+
+def lora_step(**rules):
+    """Returns the kinds of collectives of Molmo's LoRA step with such rules, and what is broken."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
+    done = subprocess.run(
+        [sys.executable, "-c", LORA_STEP, repr(rules)],
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    kinds, *broken = done.stdout.splitlines()
+    return kinds, [line for line in broken if line]
+
+
+def test_a_lora_step_of_molmo_sends_sums_alone():
+    assert lora_step() == ("{'all-reduce'}", [])
+
+
+@pytest.mark.slow
+def test_wrong_rules_of_a_lora_step_are_found():
+    # A layer whose rows should be divided: what it reads is gathered.
+    kinds, broken = lora_step(attn_out=("embed", "heads"), ff_out=())
+    assert "all-gather" in kinds
+    assert any(line.startswith("all-gather in a layer: ") for line in broken)
+    assert any("ff_out" in line and line.endswith("is on every device") for line in broken)
