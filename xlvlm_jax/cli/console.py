@@ -25,17 +25,21 @@ if TYPE_CHECKING:
     from xlvlm_jax.solvers.phases import Standing, Tell
 
 
-class _Console(Console):
-    """Folds tables to the terminal's width, but leaves lines of text as they are: a path that is
-    folded cannot be copied or found by another program."""
+class TextConsole(Console):
+    """Folds tables to the terminal's width, but no line of text.
+
+    A path that is folded can neither be copied nor be read by another program.
+    """
 
     def print(self, *objects: Any, **options: Any) -> None:
+        """Prints as a rich console does."""
         text = all(isinstance(each, str | Text) for each in objects)
-        super().print(*objects, **{"soft_wrap": text} | options)
+        options.setdefault("soft_wrap", text)
+        super().print(*objects, **options)
 
 
 # Answers, words and file names are text: "[/INST] yes" and "[a dog]" are not markup.
-console = _Console(markup=False, emoji=False)
+console = TextConsole(markup=False, emoji=False)
 errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 

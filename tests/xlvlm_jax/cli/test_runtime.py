@@ -136,12 +136,12 @@ def test_whatever_prints_reads_no_markup():
             continue
         for call in ast.walk(ast.parse(text)):
             name = ast.unparse(call.func).split(".")[-1] if isinstance(call, ast.Call) else ""
-            if name in ("Console", "TextColumn"):
+            if name in ("Console", "TextConsole", "TextColumn"):
                 printing.append(name)
                 assert "markup=False" in ast.unparse(call), file
             if name in ("status", "Status", "Spinner", "from_markup"):
                 assert ast.unparse(call) == "console.status(Text(text))", file
-    assert printing == ["Console", "Console", "TextColumn", "TextColumn"]
+    assert printing == ["TextConsole", "Console", "TextColumn", "TextColumn"]
 
 
 @pytest.mark.parametrize("said", ["[red]a", "[/x] b", "a[/red]", ":cat:", "[link=c]d[/link]"])
