@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ports import checkpoint
-from ports.checkpoint import hub, orbax_io, quantised, safetensors_io
+from ports.checkpoint import hub, orbax_io, peft_io, quantised, safetensors_io
 from ports.models import (
     causal_lm,
     gemma3,
@@ -52,7 +52,6 @@ PORTS: dict[str, Port] = {
 }
 # Models of text alone, see `load_text`.
 TEXT_PORTS: dict[str, Port] = dict.fromkeys(causal_lm.MODEL_TYPES, causal_lm.PORT)
-_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def load(
@@ -103,14 +102,16 @@ def load(
     keep_programs()
     directory = hub.find_directory(path)
     module, port, config, abstract = _build(directory, dtype, video_positions)
-    params = load_sharded(module, port, directory, abstract, jnp.dtype(dtype), mesh)
-    vlm = VLM(module, params, config, port, directory, mesh)
+    # Reading the weights may take minutes: what else may be wrong is found before.
+    vlm = VLM(module, abstract, config, port, directory, mesh)
     if generation_config is not None:
         vlm = vlm.with_generation_config(generation_config)
-    vlm = vlm if adapter is None else vlm.with_adapter(adapter, donate=True)
-    if processor is None:
-        return vlm
-    return vlm.with_processor(hub.find_directory(processor, "a processor", weights=False))
+    if processor is not None:
+        vlm = vlm.with_processor(hub.find_directory(processor, "a processor", weights=False))
+    if adapter is not None:
+        adapter = hub.find_directory(adapter, peft_io.EXPECTED)
+    vlm.params = load_sharded(module, port, directory, abstract, jnp.dtype(dtype), mesh)
+    return vlm if adapter is None else vlm.with_adapter(adapter, donate=True)
 
 
 def load_text(
@@ -213,8 +214,7 @@ def _build(
     among: Mapping[str, Port] = PORTS,
 ) -> tuple[Any, Port, Any, dict]:
     """Returns a checkpoint's Linen module, port, configuration and abstract parameters."""
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
+    checkpoint.read_dtype(dtype)
     known = {name: port.options.get("video_positions", ()) for name, port in among.items()}
     values = dict.fromkeys(value for values in known.values() for value in values)
     if video_positions not in (None, *values):

@@ -3,6 +3,7 @@ from ports.checkpoint.config import (
     loading,
     making_model,
     read_config,
+    read_dtype,
     read_json,
     require_tokenizer,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "making_model",
     "module_name",
     "read_config",
+    "read_dtype",
     "read_json",
     "require_tokenizer",
     "save_params",

@@ -6,7 +6,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from ports.checkpoint import quantised
+
+# Those that models run in.
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -87,6 +92,17 @@ def _refuse_original_llava(values: dict[str, Any], file: Path) -> None:
         f"llava-hf/llava-1.5-{size}-hf, or convert it with transformers' "
         "convert_llava_weights_to_hf.py"
     )
+
+
+def read_dtype(name: str) -> jnp.dtype:
+    """Returns the dtype of parameters and computation with this name.
+
+    Raises:
+        ValueError: it is none of those that models run in.
+    """
+    if name not in DTYPES:
+        raise ValueError(f"dtype is {name!r}; expected one of {', '.join(DTYPES)}")
+    return jnp.dtype(name)
 
 
 @contextlib.contextmanager

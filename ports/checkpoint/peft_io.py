@@ -4,8 +4,8 @@
     adapter_model.safetensors   base_model.model.<module>.lora_A.weight [R, I], lora_B.weight [O, R]
 
 Supported is LoRA with its options for rank and scale, on linear layers, patch embeddings
-(convolutions) and embeddings, plus modules that are saved whole. Any other option is refused by
-name: ignoring it would give a different model.
+(convolutions) and embeddings, plus modules and embeddings that are saved whole. Any other option is
+refused by name: ignoring it would give a different model.
 """
 
 import json
@@ -131,7 +131,13 @@ def _read(
             "(.bin files are not supported)"
         )
     stored = safetensors_io.open_file(directory / WEIGHTS)
-    copied = {name: own for name in stored if (own := _copied(name, values)) is not None}
+    parameters = stored_shapes(params)
+    known = {*parameters, *(f"{site}.weight" for site in tied)}
+    copied = {
+        name: own
+        for name in stored
+        if (own := _replaced(name, values, lambda own: canonical_name(own) in known)) is not None
+    }
     for kept in values.get("modules_to_save") or ():
         if not any(_is_within(own, kept) for own in copied.values()):
             raise ValueError(
@@ -143,7 +149,14 @@ def _read(
     # Of what the port leaves out (SigLIP's pooling head), the factors change nothing either.
     used = [module for module in modules if canonical_name(f"{module}.weight") is not None]
     sites = {module_name(canonical_name, module): module for module in used}
-    of_copies = {module_name(canonical_name, own.rpartition(".")[0]) for own in copied.values()}
+    # Of parts that the port leaves out, and of buffers.
+    copied = {name: own for name, own in copied.items() if canonical_name(own) is not None}
+    copied = _without_copy_of_tied(stored, copied, canonical_name, tied)
+    of_copies = {
+        module_name(canonical_name, own.rpartition(".")[0])
+        for name, own in copied.items()
+        if _is_wrapped(name, values) or canonical_name(own) not in parameters
+    }
     for site in tied:
         if site in sites or site in of_copies:
             raise ValueError(
@@ -175,20 +188,46 @@ def _read(
     return adapter
 
 
-def _copied(name: str, values: Mapping[str, Any]) -> str | None:
+def _replaced(
+    name: str, values: Mapping[str, Any], is_parameter: Callable[[str], bool]
+) -> str | None:
     """Returns the base model's tensor that a tensor of the file replaces, or None.
 
-    Replacements are the modules_to_save, and the base weights that peft stores with the factors of
-    an embedding or a head.
+    Replacements are the modules_to_save, whatever their parameters are called, the base weights
+    that peft stores with the factors of an embedding or a head, and embeddings and heads that it
+    stores beside the adapter (save_embedding_layers). peft loads any parameter of the model.
     """
-    name = name.removeprefix(_PREFIX)
+    own = name.removeprefix(_PREFIX)
     if name.endswith(".base_layer.weight"):
-        return name.replace(".base_layer.", ".")
-    leaf = name.rpartition(".")[2]
-    if leaf not in ("weight", "bias") or ".lora_" in name:
+        return own.replace(".base_layer.", ".")
+    if ".lora_" in name:
         return None
-    kept = values.get("modules_to_save") or ()
-    return name if any(_is_within(name, part) for part in kept) else None
+    return own if _is_wrapped(name, values) or is_parameter(own) else None
+
+
+def _is_wrapped(name: str, values: Mapping[str, Any]) -> bool:
+    """Returns whether peft keeps a replacement beside the base model's tensor, which another module
+    that is tied to it goes on using.
+    """
+    own, kept = name.removeprefix(_PREFIX), values.get("modules_to_save") or ()
+    return own.endswith(".base_layer.weight") or any(_is_within(own, part) for part in kept)
+
+
+def _without_copy_of_tied(
+    stored: Mapping[str, Any],
+    copied: Mapping[str, str],
+    canonical_name: Rename,
+    tied: Collection[str],
+) -> dict[str, str]:
+    """Returns the replacements without the head's where it is the embedding's, which is tied to it.
+
+    `tied` is (head, embedding), or empty.
+    """
+    names = {canonical_name(own): name for name, own in copied.items()}
+    head, table = (names.get(f"{site}.weight") for site in tied) if tied else (None, None)
+    if None in (head, table) or not safetensors_io.equal(stored[head], stored[table]):
+        return dict(copied)
+    return {name: own for name, own in copied.items() if name != head}
 
 
 def _is_within(name: str, kept: str) -> bool:

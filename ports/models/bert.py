@@ -242,8 +242,11 @@ class TextEncoder:
             [B, T, D].
 
         Raises:
-            ValueError: a token id is outside the vocabulary, or the texts are too long.
+            ValueError: a token id is outside the vocabulary, the texts are too long, or there are
+                fewer layers.
         """
+        if not 0 <= layer <= self.config.num_layers:
+            raise ValueError(f"layer is {layer}; expected 0 to {self.config.num_layers}")
         vocabulary.check_ids(np.asarray(tokens), self.config.vocab_size)
         mask = jnp.asarray(attention_mask)
         return _states(self.module, layer, self.params, jnp.asarray(tokens), mask)
@@ -275,7 +278,7 @@ def load_text_encoder(directory: str | Path, *, dtype: str = "float32") -> TextE
 
     Args:
         directory: a directory, or a repository id on the Hub.
-        dtype: dtype of the parameters and the computation, such as "float32".
+        dtype: dtype of the parameters and the computation: "float32", "bfloat16" or "float16".
 
     Returns:
         The model with its parameters.
@@ -285,12 +288,13 @@ def load_text_encoder(directory: str | Path, *, dtype: str = "float32") -> TextE
         ValueError: as for `ports.load`.
     """
     keep_programs()
+    kind = checkpoint.read_dtype(dtype)
     directory = hub.find_directory(directory)
     config = Config.from_hf(checkpoint.read_config(directory, MODEL_TYPES))
-    module = Bert(config, dtype=jnp.dtype(dtype))
+    module = Bert(config, dtype=kind)
     ids = jax.ShapeDtypeStruct((1, min(8, config.max_length)), np.int32)
     abstract = jax.eval_shape(module.init, jax.random.key(0), ids, ids)["params"]
-    params = checkpoint.load_params(directory, abstract, canonical_name, dtype=jnp.dtype(dtype))
+    params = checkpoint.load_params(directory, abstract, canonical_name, dtype=kind)
     return TextEncoder(module, params, directory)
 
 

@@ -217,7 +217,7 @@ def load_dual_encoder(directory: str | Path, *, dtype: str = "float32") -> DualE
 
     Args:
         directory: a directory, or a repository id on the Hub.
-        dtype: dtype of the parameters and the computation, such as "float32".
+        dtype: dtype of the parameters and the computation: "float32", "bfloat16" or "float16".
 
     Returns:
         The model with its parameters.
@@ -227,13 +227,12 @@ def load_dual_encoder(directory: str | Path, *, dtype: str = "float32") -> DualE
         ValueError: as for `ports.load`.
     """
     keep_programs()
+    kind = checkpoint.read_dtype(dtype)
     directory = hub.find_directory(directory)
     config = checkpoint.read_config(directory, ("clip",))
-    module = CLIP(Config.from_hf(config), dtype=jnp.dtype(dtype))
+    module = CLIP(Config.from_hf(config), dtype=kind)
     abstract = jax.eval_shape(module.init, jax.random.key(0), *example_inputs(module.config))
-    params = checkpoint.load_params(
-        directory, abstract["params"], canonical_name, dtype=jnp.dtype(dtype)
-    )
+    params = checkpoint.load_params(directory, abstract["params"], canonical_name, dtype=kind)
     return DualEncoder(module, params, directory)
 
 

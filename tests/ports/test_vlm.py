@@ -12,6 +12,7 @@ from sklearn.datasets import load_sample_images
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import ports
+from ports import loading
 
 from . import helpers
 
@@ -96,6 +97,16 @@ class TestLoading:
     def test_an_unknown_dtype(self, directory):
         with helpers.raises_line(ValueError, "dtype is 'int8'", "float32, bfloat16, float16"):
             ports.load(directory, dtype="int8")
+
+    def test_what_does_not_need_the_weights_is_found_before_they_are_read(
+        self, small, tmp_path, monkeypatch
+    ):
+        monkeypatch.setattr(loading, "load_sharded", lambda *_: pytest.fail("read the weights"))
+        for name in ("adapter", "processor"):
+            with pytest.raises(FileNotFoundError, match="nowhere"):
+                ports.load(small.directory, **{name: tmp_path / "nowhere"})
+        with pytest.raises(ValueError, match="no_such_value"):
+            ports.load(small.directory, generation_config={"no_such_value": 1})
 
     def test_a_checkpoint_without_processor_still_loads(self, small):
         for what in ("processor", "tokenizer"):
@@ -327,6 +338,10 @@ class TestProcessor:
         np.testing.assert_array_equal(ours.tokens, new)
         texts = photographed.vlm.processor.batch_decode(new, skip_special_tokens=True)
         assert photographed.vlm.decode(ours.tokens) == texts and all(texts)
+
+    def test_no_prompts(self, photographed):
+        with helpers.raises_line(ValueError, "got no prompts; expected one or more"):
+            photographed.vlm.process([], [])
 
     def test_decodes_the_tokens_of_a_prompt_without_its_special_ones(self, photographed):
         vlm = photographed.vlm

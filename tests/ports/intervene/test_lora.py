@@ -145,6 +145,9 @@ def test_an_adapter_of_peft_loads_here(pairs, tmp_path, port):
         ("idefics2", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]}),
         ("llava", {"target_modules": ["q_proj"], "modules_to_save": ["multi_modal_projector"]}),
         ("qwen2_vl", {"target_modules": ["embed_tokens"], "use_rslora": True}),
+        # Parameters that are called neither weight nor bias: class_embedding, latents.
+        ("llava", {"target_modules": ["q_proj"], "modules_to_save": ["embeddings"]}),
+        ("idefics2", {"target_modules": ["q_proj"], "modules_to_save": ["perceiver_resampler"]}),
     ],
     ids=str,
 )
@@ -176,6 +179,23 @@ def test_base_weights_next_to_an_adapter_replace_the_models(pairs, tmp_path):
         ValueError, "(102, 60), but this model expects (103, 60)", "merge_and_unl"
     ):
         pair.vlm.with_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("variant", ["grouped queries", "tied embeddings, class position kept"])
+def test_embeddings_stored_beside_an_adapter_replace_the_models(llava_pair, tmp_path, variant):
+    """As peft stores them with save_embedding_layers; tied ones are then replaced together."""
+    pair, inputs = llava_pair(variant), helpers.make_inputs([1, 1], [4, 9])
+    if "class" in variant:
+        inputs = helpers.make_inputs([1, 1], [4, 9], tokens_per_image=helpers.PATCHES + 1)
+    theirs = train_peft(pair.torch_model, tmp_path, r=3, target_modules=["q_proj"])
+    with torch.no_grad():
+        theirs.get_input_embeddings().weight *= 1.5
+        theirs.get_output_embeddings().weight += 0.01
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    stored = safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors")
+    assert any(name.endswith("embed_tokens.weight") for name in stored)
+    ours = pair.vlm.with_adapter(tmp_path).forward(inputs).logits
+    assert_same_logits(ours, torch_logits(theirs, inputs), inputs)
 
 
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])

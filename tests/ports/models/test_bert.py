@@ -8,7 +8,7 @@ import pytest
 import safetensors.numpy
 import torch
 
-from ports.models import bert
+from ports.models import bert, clip
 
 from .. import bert_helpers, helpers
 
@@ -105,6 +105,17 @@ def test_norms_under_their_old_names(tmp_path, pairs):
     again = bert.load(tmp_path / "old")  # the name in earlier releases
     ids, mask = tokens(ours)
     np.testing.assert_array_equal(again.states(ids, mask, 3), ours.states(ids, mask, 3))
+
+
+def test_layers_and_dtypes_that_there_are_not(pairs, tmp_path):
+    _, ours = pairs["bert"]
+    ids = np.ones((1, 3), int)
+    for layer in (-1, ours.config.num_layers + 1):
+        with helpers.raises_line(ValueError, f"layer is {layer}; expected 0 to"):
+            ours.states(ids, ids, layer)
+    for load in (bert.load_text_encoder, clip.load_dual_encoder):
+        with helpers.raises_line(ValueError, "dtype is 'fp16'; expected one of float32, bfloat16"):
+            load(tmp_path, dtype="fp16")
 
 
 def test_another_kind_of_model_is_refused(small):
