@@ -10,7 +10,7 @@ import numpy as np
 from ports import passes
 from ports.decoding import logits, stream
 from ports.decoding.generate import Generation
-from ports.decoding.sampling import Sampling, check_values
+from ports.decoding.sampling import Sampling, check_values, without_idle
 from ports.decoding.text import decode_tokens
 from ports.inputs import common_prefix, model_inputs, padding, patch_layout, prompts, vocabulary
 from ports.inputs.common_prefix import Shared
@@ -175,6 +175,7 @@ class VLM(LoadedModel):
         model_inputs.check_count(max_new_tokens)
         if sampling is not None:
             check_values(sampling)
+            sampling = without_idle(sampling)
         asked = self.find_sites(sites, generated=True)
         edits, arrays = self._lay_out(edits, checked, max_new_tokens)
         divided = self._divided(inputs, arrays, [edits], max_new_tokens)
@@ -268,8 +269,9 @@ class VLM(LoadedModel):
                 )
             if all(map(self.module.is_after_images, laid)):
                 kept = images.states
-                # Only the vision tower reads pixels. Grids stay: M-RoPE's positions need them.
-                aligned = {k: v for k, v in aligned.items() if not k.startswith("pixel_")}
+                # The rest is of pictures alone.
+                read = {*padding.FILL, *self._port.per_position, *self.module.position_inputs}
+                aligned = {name: value for name, value in aligned.items() if name in read}
         placed: dict[str, Any] = {**self._place(aligned, pad_to_multiple_of)}
         if kept is not None:
             placed["image_states"] = kept.resized(placed["input_ids"].size)

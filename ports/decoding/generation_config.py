@@ -238,6 +238,11 @@ def check_sampling(name: str, value: Any) -> None:
         raise ValueError(f"sampling: {name} is {value!r:.80}; expected {expected}")
 
 
+def is_idle(name: str, value: Any) -> bool:
+    """Returns whether transformers ignores a filter of `Sampling` with this value."""
+    return value in _SAMPLING[name].neutral
+
+
 def _without_null(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 

@@ -45,7 +45,7 @@ class Sampling(NamedTuple):
 
     key: Array
     temperature: Number = 1.0
-    top_p: Number | None = 1.0
+    top_p: Number | None = None
     top_k: Array | int | None = None
     min_p: Number | None = None
     typical_p: Number | None = None
@@ -66,6 +66,31 @@ def check_values(sampling: Sampling) -> None:
             continue
         for each in np.ravel(np.asarray(value)).tolist():
             generation_config.check_sampling(name, each)
+
+
+def without_idle(sampling: Sampling) -> Sampling:
+    """Turns off filters whose values keep every token, such as a top_p of 1; traced values stay.
+
+    A filter costs its work whatever its value: top_p sorts the vocabulary at every step.
+
+    Args:
+        sampling: settings whose values are in their ranges.
+
+    Returns:
+        Settings that draw alike.
+    """
+    given = sampling._asdict()
+    idle = (
+        name
+        for name in Sampling._fields[2:]
+        if given[name] is not None
+        and not is_traced(given[name])
+        and all(
+            generation_config.is_idle(name, each)
+            for each in np.ravel(np.asarray(given[name])).tolist()
+        )
+    )
+    return sampling._replace(**dict.fromkeys(idle))
 
 
 def draw(logits: Array, sampling: Sampling, step: Array) -> Array:
@@ -93,6 +118,7 @@ def keep_likely(logits: Array, sampling: Sampling) -> Array:
         ValueError: as for `draw`.
     """
     check_values(sampling)
+    sampling = without_idle(sampling)
     logits = logits / sampling.temperature
     if sampling.top_k is not None or sampling.top_p is not None:
         logits = _keep(logits, _is_likely(logits, sampling.top_k, sampling.top_p))

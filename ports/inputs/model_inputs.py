@@ -109,8 +109,8 @@ def pair_prompts(texts: Any, images: Any, mark: str | None) -> list[tuple[str, l
         (prompt, images) for each prompt.
 
     Raises:
-        ValueError: `texts` is a single string or `images` a single image, their numbers differ, a
-            prompt does not contain `mark` once per image, or a file does not exist.
+        ValueError: `texts` is a single string or empty, or `images` a single image, their numbers
+            differ, a prompt does not contain `mark` once per image, or a file does not exist.
     """
     if isinstance(texts, str):
         raise ValueError(
@@ -127,6 +127,8 @@ def pair_prompts(texts: Any, images: Any, mark: str | None) -> list[tuple[str, l
             f"images is a single {type(images).__name__}; expected a list with an image, or a list "
             "of images, for each prompt"
         )
+    if not len(texts):
+        raise ValueError("got no prompts; expected one or more")
     if len(texts) != len(images):
         raise ValueError(
             f"there are {len(texts)} prompts and {len(images)} images; expected an image, or a "

@@ -135,11 +135,22 @@ class Processor:
             **arrays,
         }
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the processor has of processor_config.json."""
+        return {}
+
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes the processor's files, for `load` and transformers."""
-        self.image_processor.save_pretrained(directory)
+        self.save_image_processor(Path(directory))
         self.tokenizer.chat_template = self.chat_template
         self.tokenizer.save_pretrained(directory)
+        if self.settings:
+            write_settings(Path(directory) / "processor_config.json", self.settings)
+
+    def save_image_processor(self, directory: Path) -> None:
+        """Writes preprocessor_config.json into a directory, which is created if missing."""
+        self.image_processor.save_pretrained(directory)
 
 
 class VideoProcessor(Processor):
@@ -255,8 +266,12 @@ class VideoProcessor(Processor):
         """Writes the processor's files, for `load` and transformers."""
         super().save_pretrained(directory)
         if self.video_values:
-            file = Path(directory) / "video_preprocessor_config.json"
-            file.write_text(json.dumps(self.video_values, indent=2) + "\n", "utf-8")
+            write_settings(Path(directory) / "video_preprocessor_config.json", self.video_values)
+
+
+def write_settings(file: Path, values: Mapping[str, Any]) -> None:
+    """Writes the values of a processor's file."""
+    file.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
 
 
 def _check_tensors(return_tensors: str) -> None:

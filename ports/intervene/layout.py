@@ -63,7 +63,7 @@ def stack_variants(variants: Sequence[LaidOut]) -> LaidOut:
     """Returns variants of the same edits as one, whose arrays have a leading axis for them.
 
     Raises:
-        ValueError: they have different structures.
+        ValueError: they have different structures, or arrays of different shapes.
     """
     structures = {jax.tree.structure(edits) for edits in variants}
     if len(structures) != 1:
@@ -71,6 +71,16 @@ def stack_variants(variants: Sequence[LaidOut]) -> LaidOut:
             f"{len(variants)} variants of edits have {len(structures)} structures; expected the "
             "same sites and kinds of edits, all with a mask or all without (see ports.stacked)"
         )
+    for site in variants[0]:
+        of_site = [jax.tree.leaves(edits[site]) for edits in variants]
+        for leaves in zip(*of_site, strict=True):
+            shapes = dict.fromkeys(map(np.shape, leaves))
+            if len(shapes) > 1:
+                raise ValueError(
+                    f"variants of the edits at {site!r} have arrays of shapes "
+                    f"{' and '.join(map(str, shapes))}; expected vectors, strengths and positions "
+                    "of the same shapes in all variants"
+                )
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *variants)
 
 

@@ -29,11 +29,16 @@ class Processor(processor.Processor):
         settings: Mapping[str, Any] | None = None,
     ):
         super().__init__(image_processor, tokenizer, chat_template)
-        said = settings or {}
+        said = self._settings = dict(settings or {})
         self.image_token = said.get("image_token", "[IMG]")
         self.image_break_token = said.get("image_break_token", "[IMG_BREAK]")
         self.image_end_token = said.get("image_end_token", "[IMG_END]")
         self.side = said.get("patch_size", 16) * said.get("spatial_merge_size", 1)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the processor has of processor_config.json."""
+        return self._settings
 
     def process_images(self, images: list[Any]) -> dict[str, np.ndarray]:
         """Returns pixel_values and image_sizes for a flat list of images."""

@@ -173,6 +173,11 @@ class Processor(processor.VideoProcessor):
         )
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What the processor has of processor_config.json."""
+        return {"image_seq_len": self.tokens_per_image}
+
+    @property
     def video_token_ids(self) -> list[int]:
         """None: videos become image tokens."""
         return []

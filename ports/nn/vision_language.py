@@ -76,6 +76,8 @@ class VisionLanguageModel(nn.Module):
         norm_name: name of the final norm in the decoder.
         prefix_lm: whether all tokens of a prompt see each other both ways, so that an answer in the
             same text must be marked (see `blocks`).
+        position_inputs: arrays of pictures that `positions` reads; with the tower's result at hand,
+            others are not needed.
     """
 
     config: Any
@@ -86,6 +88,7 @@ class VisionLanguageModel(nn.Module):
     cache_path: ClassVar[tuple[str, ...]] = ("layers_{}", "self_attn")
     norm_name: ClassVar[str] = "norm"
     prefix_lm: ClassVar[bool] = False
+    position_inputs: ClassVar[tuple[str, ...]] = ()
 
     @property
     def text_decoder(self) -> TextDecoder:

@@ -68,6 +68,20 @@ class ImageSettings(NamedTuple):
         pool = tuple(said["pooling_size"])
         return cls(size["height"], patch, said["max_crops"], margins, pool, mean, deviation)
 
+    def as_json(self) -> dict[str, Any]:
+        """Returns values of a file, by the names that `from_json` reads."""
+        return {
+            "image_processor_type": "Molmo2ImageProcessor",  # transformers' class
+            "size": {"height": self.crop_size, "width": self.crop_size},
+            "patch_size": self.patch_size,
+            "max_crops": self.max_crops,
+            "overlap_margins": list(self.margins),
+            "pooling_size": list(self.pool),
+            "image_mean": list(self.mean),
+            "image_std": list(self.deviation),
+            "rescale_factor": 1.0,  # mean and deviation are of the values 0 to 255
+        }
+
     @property
     def side(self) -> int:
         """Patches along a side of a crop."""

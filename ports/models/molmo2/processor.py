@@ -55,7 +55,7 @@ class Processor(processor.VideoProcessor):
         video_values: Mapping[str, Any] | None = None,
     ):
         super().__init__(image_processor, tokenizer, chat_template, video_values)
-        said = options or {}
+        said = self._settings = dict(options or {})
         self.lines = said.get("image_use_col_tokens", True)
         whole_lines = said.get("use_single_crop_col_tokens")
         self.whole_lines = self.lines if whole_lines is None else whole_lines
@@ -74,6 +74,17 @@ class Processor(processor.VideoProcessor):
     def video_token_ids(self) -> list[int]:
         """None: videos become tokens of pictures."""
         return []
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the processor has of processor_config.json."""
+        return self._settings
+
+    def save_image_processor(self, directory: Path) -> None:
+        """Writes preprocessor_config.json into a directory, which is created if missing."""
+        directory.mkdir(parents=True, exist_ok=True)
+        file = directory / "preprocessor_config.json"
+        processor.write_settings(file, self.image_processor.as_json())
 
     def process_images(self, images: list[Any]) -> dict[str, np.ndarray]:
         """Returns the crops of a flat list of pictures, with the patches of their features."""

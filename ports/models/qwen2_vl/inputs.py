@@ -20,6 +20,7 @@ from ports.nn import vision_language
 INPUTS = (
     "input_ids",
     "attention_mask",
+    "position_ids",
     "pixel_values",
     "image_grid_thw",
     "pixel_values_videos",
@@ -58,9 +59,14 @@ def prepare_inputs(config: Config, inputs: Mapping[str, np.ndarray]) -> dict[str
         The arrays that the module takes.
 
     Raises:
-        ValueError: grids, patches and image tokens do not match.
+        ValueError: grids, patches and image tokens do not match, or position_ids are given.
     """
     arrays = dict(inputs)
+    if "position_ids" in arrays:
+        raise ValueError(
+            "position_ids are not inputs of this model family, whose positions follow from the "
+            "grids of images and videos; leave them out"
+        )
     for (pixels, grid), token in zip(KINDS, config.image_tokens, strict=True):
         images = _grid(config, arrays, pixels, grid)
         per_image = images.prod(axis=1) // config.vision.merge_size**2

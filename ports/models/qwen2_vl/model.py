@@ -77,6 +77,8 @@ class Qwen2VL(vision_language.VisionLanguageModel):
             return sharding.logits(self.text_decoder.embed_tokens.attend(x))
         return sharding.logits(self.lm_head(x))
 
+    position_inputs = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+
     def positions(self, inputs: vision_language.Inputs) -> Array:
         """Returns the rotary positions int32[B, T, 3]: time, height and width of every token.
 

@@ -8,6 +8,7 @@ import torch
 import transformers
 
 import ports
+from ports import passes
 from ports.decoding import generation_config, sampling
 
 from .. import helpers
@@ -93,6 +94,27 @@ def test_values_that_turn_a_filter_off(values):
     for keep in (keep_likely, sampling.keep_likely):
         np.testing.assert_array_equal(keep(logits, ports.Sampling(KEY, **values)), logits)
     assert not generation_config.of_sampling({"top_k": 0, **values}).keys() & values.keys()
+
+
+def test_filters_that_keep_everything_are_turned_off():
+    idle = {"top_p": 1.0, "top_k": 0, "typical_p": jnp.float32(1), "epsilon_cutoff": 0.0}
+    settings = sampling.without_idle(ports.Sampling(KEY, 0.7, **idle))
+    assert settings == ports.Sampling(KEY, 0.7)
+    assert sampling.without_idle(ports.Sampling(KEY, top_p=0.9, min_p=0.0)).top_p == 0.9
+
+
+def test_without_a_filter_nothing_is_sorted(small, monkeypatch):
+    """Neither by default nor with a top_p of 1, whose value is an argument of the program."""
+    seen = []
+    monkeypatch.setattr(passes, "generate", lambda *a, **_: seen.append(a[3]) or 1 / 0)
+    inputs = helpers.make_inputs([1], [4])
+    for made in (ports.Sampling(KEY), ports.Sampling(KEY, top_p=1.0)):
+        with pytest.raises(ZeroDivisionError):
+            small.vlm.generate(inputs, max_new_tokens=1, sampling=made)
+    logits = jnp.zeros((2, 9))
+    for made in seen:
+        assert "sort" not in keep_likely.lower(logits, made).as_text()
+    assert "sort" in keep_likely.lower(logits, ports.Sampling(KEY, top_p=0.9)).as_text()
 
 
 @pytest.mark.parametrize("top_p", [0.05, 0.3, 0.5, 0.8])

@@ -6,7 +6,7 @@ import pytest
 import ports
 from ports.decoding import stream
 
-from .. import helpers
+from .. import helpers, molmo_helpers, qwen2_vl_helpers
 
 COUNT = 6
 SITE = "language_model.model.layers.0"
@@ -103,6 +103,30 @@ def test_pixels_of_encoded_images_are_not_arguments_of_the_program(small, batch,
         answered(small.vlm, batch, images=images)
     assert given[0] - given[1] == {"pixel_values"}
     assert given[1] - given[0] == {"image_states"}
+
+
+@pytest.mark.parametrize(
+    ("port", "dropped"),
+    [("qwen2_vl", {"pixel_values"}), ("molmo", {"images", "image_masks"})],
+    ids=["qwen2_vl", "molmo"],
+)
+def test_what_only_the_tower_reads_is_left_out(vlms, port, dropped, monkeypatch):
+    """Grids stay, of which positions depend, and which feature a position has."""
+    given, begin = [], stream.begin
+    monkeypatch.setattr(
+        stream, "begin", lambda *a, **more: given.append(set(a[2])) or begin(*a, **more)
+    )
+    vlm = vlms[port]
+    if port == "molmo":
+        inputs = molmo_helpers.make_inputs(molmo_helpers.CONFIG, [1, 1], [5, 7])
+    else:
+        inputs = qwen2_vl_helpers.make_inputs([[(1, 4, 4)], [(1, 4, 8)]], [5, 7])
+    plain, kept = (
+        [step.tokens for step in vlm.stream(inputs, max_new_tokens=2, images=images)]
+        for images in (None, vlm.encode_images(inputs))
+    )
+    np.testing.assert_array_equal(plain, kept)
+    assert given[0] - given[1] == dropped
 
 
 def test_an_edit_of_the_tower_encodes_the_images_again(small, batch):

@@ -545,3 +545,8 @@ class TestMessages:
         variants = [{SITE: ports.add(VECTOR)}, {SITE: ports.ablate(VECTOR)}]
         with helpers.raises_line(ValueError, "2 variants of edits have 2 structures"):
             small.vlm.sweep(inputs, variants, max_new_tokens=2)
+        rows = len(inputs["input_ids"])
+        variants = [{SITE: ports.add(x)} for x in (VECTOR, np.tile(VECTOR, (rows, 1)))]
+        shapes = f"{VECTOR.shape} and {(rows, *VECTOR.shape)}"
+        with helpers.raises_line(ValueError, f"edits at {SITE!r} have arrays of shapes {shapes}"):
+            small.vlm.sweep(inputs, variants, max_new_tokens=2)

@@ -379,6 +379,18 @@ class TestProcessor:
                 ours = inputs[name] * 127.5 + 127.5 if name == "pixel_values" else inputs[name]
                 np.testing.assert_allclose(ours, value, rtol=0, atol=1e-4, err_msg=name)
 
+    def test_what_is_saved_is_read_again(self, made, vlm, inputs, tmp_path):
+        own = vlm.processor
+        saved = {"use_single_crop_col_tokens": False, "image_use_col_tokens": True}
+        changed = type(own)(own.image_processor, own.tokenizer, own.chat_template, saved)
+        for written in (own, changed):
+            written.save_pretrained(tmp_path)
+            shutil.copy(made.pair.directory / "config.json", tmp_path)
+            again = ports.load_abstract(tmp_path).processor
+            assert again.image_processor == own.image_processor
+            assert (again.lines, again.whole_lines) == (written.lines, written.whole_lines)
+        assert not again.whole_lines
+
     def test_a_marked_cell(self, vlm):
         """A white spot on black: the brightest feature's box contains it, in crops and overall."""
         picture = np.zeros((70, 160, 3), np.uint8)

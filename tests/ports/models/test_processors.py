@@ -1,6 +1,5 @@
 """Photographs through the processors of families with LLaVA's layout, without torch."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,8 +105,6 @@ MAKERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "pixtral": pixtral,
     "internvl": intern,
 }
-# What the processor's own files do not say.
-SETTINGS = {"pixtral": {"patch_size": 7}, "internvl": {"image_seq_length": test_internvl.TOKENS}}
 
 
 def save(name: str, directory: Path) -> tuple[Any, Any]:
@@ -115,8 +112,6 @@ def save(name: str, directory: Path) -> tuple[Any, Any]:
     config, processor = MAKERS[name]()
     config.save_pretrained(directory)
     processor.save_pretrained(directory)
-    if name in SETTINGS:
-        (directory / "processor_config.json").write_text(json.dumps(SETTINGS[name]))
     return config, processor
 
 

@@ -286,6 +286,10 @@ class TestMessages:
         inputs["input_ids"] = np.where(inputs["input_ids"] == helpers.IMAGE, 7, inputs["input_ids"])
         self.check(small, inputs, "1 images but no image token (id 101)")
 
+    def test_positions_of_ones_own(self, small, inputs):
+        inputs["position_ids"] = np.zeros_like(inputs["input_ids"])
+        self.check(small, inputs, "position_ids are not inputs of this model family")
+
     def test_another_number_of_tokens(self, small, inputs):
         inputs["input_ids"][inputs["input_ids"] == helpers.IMAGE] = [7] + [helpers.IMAGE] * 5
         self.check(small, inputs, "1 images give 6 image features", "hold 5 image tokens")
