@@ -289,7 +289,7 @@ def _measures(asked: _Arrays, logp: Array, words: Array) -> _Measures:
     spelt = logp.at[..., _beyond(words, logp)].get(mode="fill", fill_value=-jnp.inf)
     each = jax.nn.logsumexp(spelt, axis=-1)  # [B, n, W]
     total = jnp.maximum(asked.weights.sum(1), 1)
-    # Not as a product of matrices: a model in bfloat16 would round the log-probabilities to it.
+    # Not as a product of matrices, whose factors a compiler may round to bfloat16.
     mean = (asked.weights[..., None] * each).sum(1) / total[:, None]
     answer = jnp.full(len(logp), jnp.nan)
     if asked.targets is not None:

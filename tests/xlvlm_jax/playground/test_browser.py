@@ -3,6 +3,7 @@
 Skipped without Playwright, or without Debian's `chromium`, which is driven as it is installed.
 """
 
+import base64
 import json
 import threading
 import time
@@ -150,7 +151,11 @@ def test_sharing_saving_and_python(page, open_page, made, tmp_path):
         page.locator("#share").click()
     shared.value.save_as(tmp_path / "play.json")
     page.close()
+    stored = json.loads((tmp_path / "play.json").read_text())["picture"]["content"]
+    assert base64.b64decode(stored) == made.picture.read_bytes()
     other = open_page()
+    # A picture that may just be uploaded may be opened from the file, which is larger.
+    other.evaluate(f"known.largest = {made.picture.stat().st_size}")
     other.locator("#file").set_input_files(tmp_path / "play.json")
     expect(other, "#steered", "no")
     foreign = json.loads((tmp_path / "play.json").read_text()) | {"fingerprint": "another"}
