@@ -85,11 +85,16 @@ def compress_by_sample(
     num_samples: Int[Array, ""] | int,
     rows: Rows = ONE_DEVICE,
     centre: Centre | None = None,
+    sample: int = SAMPLE,
+    rounds: int = 1,
 ) -> Compressed:
-    """Like `compress`, with the leading directions of a sample of the first `num_samples` rows."""
+    """Like `compress`, with the leading directions of a sample of the first `num_samples` rows.
+
+    The sample has `sample` rows per direction; `rounds` are those of `directions_of_sample`.
+    """
     row_key, key = jax.random.split(key)
-    X = rows.take(Z, draw_rows(row_key, num_samples, SAMPLE * width, len(Z), rows))
-    basis = directions_of_sample(X if centre is None else X - centre.mean, key, width)
+    X = rows.take(Z, draw_rows(row_key, num_samples, sample * width, len(Z), rows))
+    basis = directions_of_sample(X if centre is None else X - centre.mean, key, width, rounds)
     return Compressed(basis, _in(Z, basis, centre))
 
 
@@ -110,7 +115,7 @@ def _in(
 
 
 def directions_of_sample(
-    X: Float[Array, "M D"], key: PRNGKeyArray, width: int
+    X: Float[Array, "M D"], key: PRNGKeyArray, width: int, rounds: int = 1
 ) -> Float[Array, "D R"]:
     """Returns approximate leading directions of a sample of rows.
 
@@ -118,13 +123,18 @@ def directions_of_sample(
         X: float[M, D], the rows minus their mean.
         key: random key.
         width: number of directions R.
+        rounds: how often the directions are multiplied by X^T X.
 
     Returns:
         float[D, R], orthonormal.
     """
     weights = jax.random.normal(key, (len(X), width), X.dtype)
-    drawn = orthonormal(weighted_sums(weights.T, X).T)
-    return orthonormal(weighted_sums(matmul(X, drawn).T, X).T)
+    found = orthonormal(weighted_sums(weights.T, X).T)
+
+    def better(_: Array | int, found: Array) -> Array:
+        return orthonormal(weighted_sums(matmul(X, found).T, X).T)
+
+    return better(0, found) if rounds == 1 else jax.lax.fori_loop(0, rounds, better, found)
 
 
 def turn_to_axes(compressed: Compressed, rows: Rows = ONE_DEVICE) -> Compressed:

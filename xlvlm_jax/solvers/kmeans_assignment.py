@@ -136,7 +136,7 @@ def nothing(problem: Problem) -> Kept:
 
     if problem.leading is not None:
         sums = Sums(zeros(K), zeros(K, D)) if problem.weights is None else None
-        return Ruled(kmeans_leading.nothing(N, K, D, dtype), sums)
+        return Ruled(kmeans_leading.nothing(problem.leading, K), sums)
     if keeps_scores(K):
         return Scores(jnp.zeros((K, N), dtype))
     sums = Sums(zeros(K), zeros(K, D)) if _keeps_sums(problem, K) else None

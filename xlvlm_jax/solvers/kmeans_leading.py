@@ -10,17 +10,22 @@ of ones, which multiplies |c'|^2. If B holds the leading directions of the rows,
 more than one centroid of a thousand for most rows.
 
 A row keeps its label, an upper bound on its own centroid's score, and a lower bound on the scores
-of all others. If its centroid moves by d, its score changes by |c' + d|^2 - |c'|^2 - 2 (z - m) d,
+of others. If its centroid moves by d, its score changes by |c' + d|^2 - |c'|^2 - 2 (z - m) d,
 which is bounded in the same way: the part of d outside the span is short. A row whose upper bound
 is below all lower ones stays where it is. For the others, two scores are computed from all columns:
 that of the last centroid, and that of the centroid whose bound is the lowest of all others. If the
 next bound is above the lower of the two, this one is the nearest; otherwise the row is compared
-with all centroids. So the result is Lloyd's, up to rounding.
+with all centroids near it. So the result is Lloyd's, up to rounding.
 
-Lower bounds stay true for centroids that do not move, so only those that moved are multiplied: few,
-in late updates.
+Rows are in blocks, sorted by their labels, and each block keeps for each centroid a lower bound on
+its score minus the upper bound of a row: the least of the block. A centroid of which it is positive
+is nearest to no row of the block. A move d lowers it by at most what the rows' upper bounds rise,
+and by 2 (x' d + r |d|) for rows within r of x'. Until it is used up, the block is not multiplied by
+this centroid; the others are near. Lower bounds of these stay true while they do not move, so only
+those that moved are multiplied: few, in late updates.
 
-Bounds that last over updates: Hamerly, "Making k-means even faster", SDM 2010. Columns that rule
+Bounds that last over updates: Hamerly, "Making k-means even faster", SDM 2010; for groups of rows:
+Kanungo et al., "An efficient k-means clustering algorithm", TPAMI 2002. Columns that rule
 centroids out: Gao and Long, "High-dimensional approximate nearest neighbor search", SIGMOD 2023,
 and SuperKMeans. They test random columns and may err; the bound above does not.
 
@@ -31,24 +36,28 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from xlvlm_jax.solvers import compression
 from xlvlm_jax.solvers.collectives import Rows
-from xlvlm_jax.solvers.kmeans_nearest import MOST, Nearest, compare
+from xlvlm_jax.solvers.kmeans_nearest import MOST, Nearest, compare, compare_square, least_of_each
 from xlvlm_jax.solvers.linalg import matmul
+from xlvlm_jax.solvers.loop import largest_of_runs
 
 # Columns of the product that rules centroids out, R + 2: more cost more than they rule out. At most
 # this share of the columns of Z.
-COLUMNS, SHARE = 64, 0.375
+COLUMNS, SHARE = 64, 0.5
+# With this many rows per column, the columns come from a sample MORE times as large, and from so
+# many rounds.
+MANY_ROWS, MORE, ROUNDS = 2**10, 4, 3
 # Least numbers of columns of Z, and of scores, with which this is faster than to keep and renew all
 # scores.
 LEAST_WIDTH, LEAST_SCORES = 128, 2**21
 SLACK = 1e-6  # rounding error relative to the largest terms of a squared distance
 CHUNK = 256  # centroids whose bounds are computed together
-ROWS = 512  # per block: its bounds of CHUNK centroids, half a megabyte, stay in a CPU's cache
-TOGETHER = 256  # rows that are compared with all centroids together
+ROWS = 256  # per block: its bounds of CHUNK centroids stay in a CPU's cache
+TOGETHER = 256  # rows that are compared with all columns together
+MOST_GAPS = 2**24  # bounds of blocks and centroids that are kept
 # If more rows than the share HOPELESS had to be compared with all centroids, the next updates
 # compare all rows, until the share, multiplied by AGAIN in each, is below it. So does the first
 # update, whose centroids are rows, with all that rows have outside the span.
@@ -67,9 +76,25 @@ class Known(NamedTuple):
 
     labels: Int[Array, " N"]
     uppers: Float[Array, " N"]  # upper bounds on the scores of these centroids
-    floors: Float[Array, " N"]  # lower bounds on the scores of all other centroids
+    # Lower bounds on the scores of all other centroids that are near the row's block.
+    floors: Float[Array, " N"]
     offsets: Float[Array, "K D"]  # the centroids minus m
-    share: Float[Array, ""]  # of the rows that were compared with all centroids
+    share: Float[Array, ""]  # of the scores that were computed from all columns
+    blocks: "Blocks | None"  # None if they would take too much memory
+
+
+class Blocks(NamedTuple):
+    """Rows that are near each other, and which centroids are not near them."""
+
+    known: Bool[Array, ""]  # whether the rows are in blocks
+    order: Int[Array, " N"]  # numbers of the rows, block by block
+    rows: Float[Array, "N S"]  # of `Leading`, in this order
+    # Mean of each block's rows in the leading columns, the largest distance of a row from it, the
+    # largest length outside, and 1.
+    middles: Float[Array, "G T"]
+    # Lower bounds on a centroid's score minus the upper bound of a row, for all rows of a block:
+    # positive if it is nearest to none of them. The others are near the block.
+    gaps: Float[Array, "G K"]
 
 
 def pays(N: int, D: int, K: int) -> bool:
@@ -98,7 +123,10 @@ def of_sample(
         centre: m, and which rows count.
     """
     R = min(COLUMNS, int(SHARE * Z.shape[1])) - 2
-    found = compression.compress_by_sample(Z, key, R, num_samples, rows, centre)
+    sample = compression.SAMPLE, 1
+    if len(Z) > MANY_ROWS * R:
+        sample = MORE * compression.SAMPLE, ROUNDS
+    found = compression.compress_by_sample(Z, key, R, num_samples, rows, centre, *sample)
     return of_basis(found.basis, found.X, energy, terms_of_mean)
 
 
@@ -124,11 +152,18 @@ def of_basis(
     return Leading(shrunk * basis, jnp.concatenate([rows, jnp.ones_like(rows[:, :1])], axis=1))
 
 
-def nothing(N: int, K: int, D: int, dtype: DTypeLike) -> Known:
+def nothing(leading: Leading, K: int) -> Known:
     """Returns an empty record; the first `renew` must get infinite shifts."""
+    (D, _), (N, S), dtype = leading.basis.shape, leading.rows.shape, leading.rows.dtype
     # Separate arrays, because one buffer cannot be donated twice.
     uppers, floors, offsets = jnp.zeros(N, dtype), jnp.zeros(N, dtype), jnp.zeros((K, D), dtype)
-    return Known(jnp.zeros(N, jnp.int32), uppers, floors, offsets, jnp.full((), FIRST, dtype))
+    G, blocks = -(-N // min(ROWS, N)), None
+    if G * K <= MOST_GAPS:
+        order = jnp.arange(N, dtype=jnp.int32)
+        zeros = (jnp.zeros(shape, dtype) for shape in ((N, S), (G, S + 1), (G, K)))
+        blocks = Blocks(jnp.zeros((), bool), order, *zeros)
+    share = jnp.full((), FIRST, dtype)
+    return Known(jnp.zeros(N, jnp.int32), uppers, floors, offsets, share, blocks)
 
 
 def renew(
@@ -154,49 +189,84 @@ def renew(
         active: bool[K], an inactive centroid is no row's nearest.
     """
     N, K, dtype = len(Z), len(offsets), offsets.dtype
+    size, hopeless = min(ROWS, N), known.share > HOPELESS
+    G = -(-N // size)
     squares = jnp.sum(offsets**2, axis=1)
     biases = jnp.where(active, squares, jnp.inf)
-    # Moved centroids first; those that fill up the last chunk are nearest to nothing.
-    moved, missing = shifts > 0, -K % CHUNK
-    order = jnp.argsort(~moved).astype(jnp.int32)
-    sides = _with_rest(matmul(offsets, leading.basis), squares, squares)
-    sides = jnp.concatenate([-2 * sides, biases[:, None]], axis=1)[order]
-    sides = jnp.pad(sides, ((0, missing), (0, 0))).at[K:, -1].set(jnp.inf)
-    order = jnp.pad(order, (0, missing))
-    count = jnp.sum(moved, dtype=jnp.int32)
-    anew = count > MOST * K
-    count = jnp.where(anew, K, count)
+    inside = matmul(offsets, leading.basis)
+    # A last one, which fills up chunks, is nearest to nothing.
+    sides = jnp.concatenate([-2 * _with_rest(inside, squares, squares), biases[:, None]], axis=1)
+    sides = jnp.pad(sides, ((0, 1), (0, 0))).at[K, -1].set(jnp.inf)
+    moved = shifts > 0
+    anew = jnp.sum(moved) > MOST * K
 
     # What a centroid's move adds to the score of a row is at most its change of square minus twice
     # the row's product with this.
     steps = offsets - known.offsets
     lengths = jnp.sum(steps**2, axis=1)
-    inward = _with_rest(matmul(steps, leading.basis), lengths, lengths).at[:, -1].multiply(-1)
-    grown = jnp.where(jnp.isinf(shifts), jnp.inf, squares - jnp.sum(known.offsets**2, axis=1))
-    growths = jnp.concatenate([-2 * inward, grown[:, None]], axis=1)
+    within = matmul(steps, leading.basis)
+    inward = _with_rest(within, lengths, lengths)
+    grown = squares - jnp.sum(known.offsets**2, axis=1)
+    growths = jnp.where(jnp.isinf(shifts), jnp.inf, grown)[:, None]
+    growths = jnp.concatenate([-2 * inward.at[:, -1].multiply(-1), growths], axis=1)
+
+    blocks = known.blocks
+    if blocks is None:
+        order, rows = jnp.arange(N, dtype=jnp.int32), leading.rows
+        gaps = narrowed = jnp.zeros((G, 0), dtype)
+        of_moved = numbers_of(moved | anew, CHUNK)
+    else:
+        # Runs side by side decide together: alone, each of them would do both.
+        unknown = largest_of_runs(~hopeless & ~blocks.known)
+        order, rows, middles = jax.lax.cond(
+            unknown,
+            lambda: _in_blocks(leading, inside, known.labels, size),
+            lambda: (blocks.order, blocks.rows, blocks.middles),
+        )
+        gaps = jnp.where(unknown, -jnp.inf, blocks.gaps)
+        # ... and at least this, for all rows of a block.
+        falls = jnp.linalg.norm(within, axis=1)[:, None], inward[:, -1:]
+        least = jnp.where(jnp.isinf(shifts), -jnp.inf, jnp.where(moved, grown, 0))[:, None]
+        falls = jnp.concatenate([-2 * within, *(-2 * fall for fall in falls), least], axis=1)
+        narrowed = gaps + matmul(middles, falls.T)
+    before, uppers, floors, slack = (
+        values[order] for values in (known.labels, known.uppers, known.floors, slack)
+    )
+    floors = jnp.where(anew, jnp.inf, floors)
 
     def products_of(rows: Array, others: Array) -> Array:
         products = jax.lax.optimization_barrier(rows * others)
         return matmul(products, jnp.ones(rows.shape[1], dtype))
 
     def rule_out(i: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
+        *found, gaps = found
         first = jnp.minimum(i * size, N - size)  # the last block overlaps
-        own, upper, floor, x, error = (
+        x, own, old, floor, error = (
             jax.lax.dynamic_slice_in_dim(values, first, size)
-            for values in (known.labels, known.uppers, floors, leading.rows, slack)
+            for values in (rows, before, uppers, floors, slack)
         )
+        real = error > -jnp.inf
+        upper = old + jnp.where(moved[own], products_of(x, growths[own]) + error, 0)
+        if blocks is None:
+            (count, listed), gap = of_moved, jnp.zeros(0, dtype)
+        else:
+            rise = jnp.max(jnp.where(real, upper - old, -jnp.inf))
+            gap = narrowed[i] - jnp.where(moved, jnp.max(error), 0) - rise
+            # Negated, so that NaN counts as near. Floors cover those that were near, until they
+            # move.
+            count, listed = numbers_of(~(gap > 0) & (anew | moved | (gaps[i] > 0)), CHUNK)
+        top = jnp.where(real, upper + error, -jnp.inf)
 
-        def chunk(j: Array, best: Nearest) -> Nearest:
-            side, numbers = (
-                jax.lax.dynamic_slice_in_dim(values, j * CHUNK, CHUNK) for values in (sides, order)
-            )
-            bounds = jax.lax.optimization_barrier(matmul(side, x.T))
-            return compare(bounds, best, numbers, own)
+        def chunk(j: Array, found: tuple[Nearest, Array]) -> tuple[Nearest, Array]:
+            best, gap = found
+            some = jax.lax.dynamic_slice_in_dim(listed, j * CHUNK, CHUNK)
+            bounds = jax.lax.optimization_barrier(matmul(sides[some], x.T))
+            if blocks is not None:
+                gap = gap.at[some].set(least_of_each(bounds - top), mode="drop")
+            return compare_square(bounds, best, some, own), gap
 
-        start = Nearest.none(size, dtype)
-        best = jax.lax.fori_loop(0, -(-count // CHUNK), chunk, start)
-        step = products_of(x, growths[own])
-        upper = upper + jnp.where(moved[own], step + error, 0)
+        start = Nearest.none(size, dtype), gap
+        best, gap = jax.lax.fori_loop(0, -(-count // CHUNK), chunk, start)
         lowest = jnp.minimum(floor, best.least)
         # NaN is not below anything, so it stays open too.
         stays = upper + error < lowest
@@ -204,72 +274,128 @@ def renew(
             upper,
             jnp.where(stays, lowest, jnp.minimum(floor, best.second)),
             jnp.where(stays | (best.least == jnp.inf), own, best.labels),
-            ~stays & (error > -jnp.inf),
+            ~stays & real,
         )
-        return tuple(
+        parts = [
             jax.lax.dynamic_update_slice_in_dim(values, part, first, 0)
             for values, part in zip(found, parts, strict=True)
-        )
+        ]
+        return *parts, jax.lax.dynamic_update_index_in_dim(gaps, gap, i, 0)
 
-    size, hopeless = min(ROWS, N), known.share > HOPELESS
-    floors = jnp.where(anew, jnp.inf, known.floors)
-    found = known.uppers, floors, known.labels, jnp.zeros(N, bool)
-    found = jax.lax.fori_loop(0, jnp.where(hopeless, 0, -(-N // size)), rule_out, found)
-    uppers, floors, nearest_others, is_open = found
+    found = uppers, floors, before, jnp.zeros(N, bool), gaps
+    found = jax.lax.fori_loop(0, jnp.where(hopeless, 0, G), rule_out, found)
+    uppers, floors, nearest_others, is_open, gaps = found
     opened, numbers = numbers_of(is_open, size)
 
     def compare_two(i: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
         chosen = jax.lax.dynamic_slice_in_dim(numbers, i * size, size)
-        rows = jnp.minimum(chosen, N - 1)
-        z, own, other = Z[rows] - mean, known.labels[rows], nearest_others[rows]
+        at = jnp.minimum(chosen, N - 1)
+        z, own, other = Z[order[at]] - mean, before[at], nearest_others[at]
         of_own = biases[own] - 2 * products_of(z, offsets[own])
         of_other = biases[other] - 2 * products_of(z, offsets[other])
         of_other = jnp.where(other == own, jnp.inf, of_other)
-        least, rest = jnp.minimum(of_own, of_other), floors[rows]
+        least, rest = jnp.minimum(of_own, of_other), floors[at]
         parts = (
             jnp.where(of_other < of_own, other, own),
             least,
             jnp.minimum(rest, jnp.maximum(of_own, of_other)),
             # Negated, so that NaN is open too.
-            ~(least + slack[rows] < rest),
+            ~(least + slack[at] < rest),
         )
         return tuple(
             values.at[chosen].set(part, mode="drop")
             for values, part in zip(found, parts, strict=True)
         )
 
-    found = known.labels, uppers, floors, jnp.broadcast_to(hopeless, (N,))
+    found = before, uppers, floors, jnp.broadcast_to(hopeless, (N,))
     found = jax.lax.fori_loop(0, -(-opened // size), compare_two, found)
     *found, is_open = found
 
     together = min(TOGETHER, N)
+    missing = -K % CHUNK or 1  # at least one that is nearest to nothing
     every = jnp.pad(offsets, ((0, missing), (0, 0)))
     of_every = jnp.pad(biases, (0, missing), constant_values=jnp.inf)
     opened, remaining = numbers_of(is_open & (slack > -jnp.inf), together)
+    from_first = jnp.arange(K + -K % CHUNK, dtype=jnp.int32)
 
-    def compare_all(i: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
+    def near(first: Array, last: Array) -> tuple[Array, Array]:
+        """Returns how many centroids are near the blocks of these rows, and their numbers."""
+
+        def block_of(place: Array) -> Array:
+            return jnp.where(place >= N - size, G - 1, place // size)
+
+        def add(block: Array, found: Array) -> Array:
+            return found | ~(gaps[block] > 0)
+
+        start = jnp.zeros(K, bool)
+        found = jax.lax.fori_loop(block_of(first), block_of(last) + 1, add, start)
+        return numbers_of(found, CHUNK)
+
+    def compare_near(i: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
+        *found, computed = found
         chosen = jax.lax.dynamic_slice_in_dim(remaining, i * together, together)
-        z = Z[jnp.minimum(chosen, N - 1)] - mean
+        z = Z[order[jnp.minimum(chosen, N - 1)]] - mean
+        last = jnp.minimum(opened - i * together, together) - 1
 
-        def chunk(j: Array, best: Nearest) -> Nearest:
-            some, bias, numbers = (
-                jax.lax.dynamic_slice_in_dim(values, j * CHUNK, CHUNK)
-                for values in (every, of_every, jnp.arange(K + missing, dtype=jnp.int32))
-            )
-            scores = jax.lax.optimization_barrier(bias[:, None] - 2 * matmul(some, z.T))
+        def compared(vectors: Array, bias: Array, numbers: Array, best: Nearest) -> Nearest:
+            scores = jax.lax.optimization_barrier(bias[:, None] - 2 * matmul(vectors, z.T))
             return compare(scores, best, numbers)
 
-        best = Nearest.none(together, dtype)
-        best = jax.lax.fori_loop(0, (K + missing) // CHUNK, chunk, best)
-        return tuple(
+        def chunk_of_all(j: Array, best: Nearest) -> Nearest:
+            parts = every, of_every, from_first
+            of = (jax.lax.dynamic_slice_in_dim(part, j * CHUNK, CHUNK) for part in parts)
+            return compared(*of, best)
+
+        def chunk(j: Array, best: Nearest) -> Nearest:
+            some = jax.lax.dynamic_slice_in_dim(listed, j * CHUNK, CHUNK)
+            return compared(every[some], of_every[some], some, best)
+
+        best, count = Nearest.none(together, dtype), jnp.asarray(K)
+        all_chunks = len(from_first) // CHUNK
+        if blocks is not None:
+            # Two loops, one of which runs zero times.
+            count, listed = near(chosen[0], chosen[last])
+            chunks, all_chunks = -(-count // CHUNK), jnp.where(hopeless, all_chunks, 0)
+            best = jax.lax.fori_loop(0, jnp.where(hopeless, 0, chunks), chunk, best)
+        best = jax.lax.fori_loop(0, all_chunks, chunk_of_all, best)
+        parts = (
             values.at[chosen].set(part, mode="drop")
             for values, part in zip(found, best, strict=True)
         )
+        return *parts, computed + (count / K).astype(dtype) * (last + 1)
 
-    found = jax.lax.fori_loop(0, -(-opened // together), compare_all, tuple(found))
-    again = AGAIN * known.share
-    share = jnp.where(hopeless, again, (opened / N).astype(dtype))
-    return Known(*found, offsets=offsets, share=share)
+    found = *found, jnp.zeros((), dtype)
+    found = jax.lax.fori_loop(0, -(-opened // together), compare_near, found)
+    *found, computed = found
+    share = jnp.where(hopeless, AGAIN * known.share, computed / N)
+    if blocks is not None:
+        found = (values.at[order].set(part) for values, part in zip(known, found, strict=False))
+        blocks = Blocks(~hopeless, order, rows, middles, gaps)
+    return Known(*found, offsets=offsets, share=share, blocks=blocks)
+
+
+def _in_blocks(
+    leading: Leading, inside: Float[Array, "K R"], labels: Int[Array, " N"], size: int
+) -> tuple[Int[Array, " N"], Float[Array, "N S"], Float[Array, "G T"]]:
+    """Returns the numbers of the rows, sorted so that blocks of `size` rows are near each other."""
+    N, K = len(labels), len(inside)
+    # Rows of a cluster are together, and so are clusters with the same nearest of a few of them.
+    few = inside[:: max(int(K**0.5), 1)]
+    apart = jnp.sum(few**2, axis=1) - 2 * matmul(inside, few.T)
+    place = jnp.zeros(K, jnp.int32).at[jnp.argsort(jnp.argmin(apart, axis=1))].set(jnp.arange(K))
+    order = jnp.argsort(place[labels]).astype(jnp.int32)
+    rows = leading.rows[order]
+
+    def middle(i: Array, middles: Array) -> Array:
+        x = jax.lax.dynamic_slice_in_dim(rows, jnp.minimum(i * size, N - size), size)
+        mean = jnp.mean(x[:, :-2], axis=0)
+        farthest = jnp.sqrt(jnp.max(jnp.sum((x[:, :-2] - mean) ** 2, axis=1)))
+        found = jnp.concatenate([mean, jnp.stack([farthest, jnp.max(x[:, -2]), 1.0])])
+        return jax.lax.dynamic_update_index_in_dim(middles, found.astype(x.dtype), i, 0)
+
+    G = -(-N // size)
+    start = jnp.zeros((G, leading.rows.shape[1] + 1), leading.rows.dtype)
+    return order, rows, jax.lax.fori_loop(0, G, middle, start)
 
 
 def _with_rest(

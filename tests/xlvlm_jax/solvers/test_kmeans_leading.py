@@ -21,7 +21,7 @@ KEY = jax.random.key(0)
 def few(monkeypatch):
     """Sizes with several blocks, of which the last ones overlap or are filled up."""
     sizes = {"COLUMNS": 9, "LEAST_WIDTH": 40, "LEAST_SCORES": 1}
-    sizes |= {"CHUNK": 48, "ROWS": 256, "TOGETHER": 64}
+    sizes |= {"CHUNK": 48, "ROWS": 64, "TOGETHER": 64}
     for name, value in sizes.items():
         monkeypatch.setattr(kmeans_leading, name, value)
     monkeypatch.setattr(kmeans_nearest, "TURN", 7)
@@ -40,13 +40,14 @@ def test_bound_by_hand(few):
     found = kmeans_leading.of_basis(basis, z @ basis, jnp.array([25.0]), jnp.float32(0))
     np.testing.assert_allclose(found.rows, [[3, 4, 1]], rtol=1e-5)
     # One centroid is the nearest of every row, and there is no other.
-    known = kmeans_leading.nothing(1, 1, 2, jnp.float32)._replace(share=jnp.float32(0))
+    known = kmeans_leading.nothing(found, 1)._replace(share=jnp.float32(0))
     given = z, jnp.zeros(2), jnp.array([1e-5]), found, known, c
     known = kmeans_leading.renew(*given, jnp.array([jnp.inf]), jnp.array([True]))
     assert (known.labels.tolist(), known.floors.tolist()) == ([0], [jnp.inf])
     # A second one at 3, 3 moves. Its score is 18 - 2 (9 + 12) = -24, that of the first 5 - 22.
     both, moved = jnp.array([[1.0, 2.0], [3.0, 3.0]]), jnp.array([0.0, jnp.inf])
-    known = known._replace(offsets=both)
+    blocks = kmeans_leading.nothing(found, 2).blocks
+    known = known._replace(offsets=both, blocks=blocks)
     given = z, jnp.zeros(2), jnp.array([1e-5]), found, known, both
     known = kmeans_leading.renew(*given, moved, jnp.array([True, True]))
     assert (known.labels.tolist(), float(known.share)) == ([1], 0)
@@ -60,9 +61,11 @@ def test_bound_by_hand(few):
     np.testing.assert_allclose(known.floors, [-17], rtol=1e-5)
 
 
-@pytest.mark.parametrize("common", [0.0, 100.0])
-def test_labels_and_bounds_after_moves_of_every_size(few, common):
+@pytest.mark.parametrize(("common", "blocks"), [(0.0, True), (100.0, True), (0.0, False)])
+def test_labels_and_bounds_after_moves_of_every_size(few, common, blocks, monkeypatch):
     """Compares with scikit-learn's distances."""
+    if not blocks:
+        monkeypatch.setattr(kmeans_leading, "MOST_GAPS", 0)
     rng = np.random.default_rng(0)
     Z = states(rng, common=common)
     active = jnp.arange(K) < K - 3
@@ -72,7 +75,7 @@ def test_labels_and_bounds_after_moves_of_every_size(few, common):
     kept, shifts = kmeans_assignment.nothing(problem), jnp.full(K, jnp.inf, jnp.float32)
     assert isinstance(kept, Ruled)
     renew = jax.jit(kmeans_assignment.renew)
-    opened, seen = [], []
+    opened, far, seen = [], [], []
     for size in (0, 1.0, 0.3, 0.3, 0.03, 0.003, 0.0, 0.003, 1.0):
         moved = rng.random(K) < (0.9 if size == 1 else 0.3)
         step = size * moved[:, None] * rng.normal(size=(K, D)) / np.sqrt(D)
@@ -86,10 +89,18 @@ def test_labels_and_bounds_after_moves_of_every_size(few, common):
         chosen = distances[np.arange(N), labels]
         np.testing.assert_allclose(chosen, distances.min(axis=1), rtol=1e-5, atol=3e-5)
         np.testing.assert_array_equal(sums.counts.value, np.bincount(labels, minlength=K))
-        others = np.where(np.arange(K - 3) == np.asarray(labels)[:, None], np.inf, distances)
-        scores = others.min(axis=1) ** 2 - np.asarray(problem.energy)
-        assert np.all(kept.known.floors <= scores + 1e-3)
-        assert np.all(kept.known.uppers >= chosen**2 - np.asarray(problem.energy) - 1e-3)
+        scores = distances**2 - np.asarray(problem.energy)[:, None]
+        assert np.all(kept.known.uppers >= scores[np.arange(N), labels] - 1e-3)
+        scores[np.arange(N), labels] = np.inf
+        if blocks and kept.known.blocks.known:
+            order = np.asarray(kept.known.blocks.order)
+            np.testing.assert_array_equal(np.sort(order), np.arange(N))
+            gaps = np.repeat(kept.known.blocks.gaps[:, : K - 3], 64, axis=0)[np.argsort(order)]
+            above = scores - np.asarray(kept.known.uppers)[:, None]
+            assert np.all((gaps <= 0) | (above >= gaps - 1e-3))
+            far.append(np.mean(gaps > 0))
+            scores[gaps > 0] = np.inf
+        assert np.all(kept.known.floors <= scores.min(axis=1) + 1e-3)
         members = np.asarray(labels) == np.arange(K)[:, None]
         totals = members @ (Z.astype(np.float64) - np.asarray(problem.mean))
         np.testing.assert_allclose(sums.totals.value, totals, atol=3e-4)
@@ -99,6 +110,48 @@ def test_labels_and_bounds_after_moves_of_every_size(few, common):
     # The first update compares all rows, later ones few: the columns do rule centroids out.
     assert opened[0] > kmeans_leading.HOPELESS * kmeans_leading.AGAIN
     assert max(opened[4:8]) < 0.1
+    assert len(far) == 8 * blocks
+    assert not blocks or max(far) > 0.5
+
+
+@pytest.mark.parametrize("C", [6, 48, 64])
+def test_least_of_a_square_by_numpy(C):
+    rng = np.random.default_rng(7)
+    scores, numbers = rng.normal(size=(3, C, 16)).astype(np.float32), rng.permutation(3 * C)
+    own = jnp.asarray(rng.choice(numbers, 16), jnp.int32)
+    best = kmeans_nearest.Nearest.none(16, jnp.float32)
+    for some, of in zip(scores, numbers.reshape(3, C), strict=True):
+        best = kmeans_nearest.compare_square(jnp.asarray(some), best, jnp.asarray(of), own)
+    every = np.where(numbers[:, None] == own, np.inf, scores.reshape(3 * C, 16))
+    np.testing.assert_array_equal(best.labels, numbers[every.argmin(axis=0)])
+    np.testing.assert_array_equal([best.least, best.second], np.sort(every, axis=0)[:2])
+    found = kmeans_nearest.least_of_each(jnp.asarray(every))
+    np.testing.assert_array_equal(found, every.min(axis=1))
+
+
+def test_equal_scores_in_a_square():
+    """Two of four are the least, in different rows and columns: the second is as low."""
+    scores = jnp.array([[3.0], [1.0], [1.0], [4.0]])
+    best = kmeans_nearest.Nearest.none(1, jnp.float32)
+    found = kmeans_nearest.compare_square(scores, best, jnp.arange(4))
+    assert (float(found.least[0]), float(found.second[0])) == (1, 1)
+
+
+def test_centroids_that_are_equal_are_told_apart_from_others(few):
+    """Ties in a chunk, in updates that compare all rows and in those that do not."""
+    rng = np.random.default_rng(8)
+    Z = states(rng)
+    problem = kmeans.prepare(jnp.asarray(Z), N, jnp.ones(K, bool))
+    problem = kmeans.with_leading(problem, K, KEY, N)
+    offsets = jnp.asarray(np.repeat(Z[: K // 4], 4, axis=0)[rng.permutation(K)]) - problem.mean
+    kept, shifts = kmeans_assignment.nothing(problem), jnp.full(K, jnp.inf, jnp.float32)
+    renew = jax.jit(kmeans_assignment.renew)
+    for step in range(3):
+        kept, labels, _ = renew(problem, kept, offsets, shifts)
+        apart = pairwise_distances(Z.astype(np.float64), offsets + problem.mean)
+        np.testing.assert_allclose(apart[np.arange(N), labels], apart.min(axis=1), atol=3e-5)
+        before, offsets = offsets, offsets * (1 + 0.01 * (step + 1))
+        shifts = jnp.linalg.norm(offsets - before, axis=1)
 
 
 def test_columns_that_rule_out_nothing_are_left_alone_for_a_while(few):
