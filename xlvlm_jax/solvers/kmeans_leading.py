@@ -47,15 +47,16 @@ from xlvlm_jax.solvers.loop import largest_of_runs
 # Columns of the product that rules centroids out, R + 2: more cost more than they rule out. At most
 # this share of the columns of Z.
 COLUMNS, SHARE = 64, 0.5
-# With this many rows per column, the columns come from a sample MORE times as large, and from so
-# many rounds.
-MANY_ROWS, MORE, ROUNDS = 2**10, 4, 3
+# From so many rows on, they are in blocks, which otherwise gains less than sorting costs, and the
+# columns come from a sample MORE times as large, in so many rounds.
+MANY_ROWS, MORE, ROUNDS = 2**16, 4, 3
 # Least numbers of columns of Z, and of scores, with which this is faster than to keep and renew all
 # scores.
 LEAST_WIDTH, LEAST_SCORES = 128, 2**21
 SLACK = 1e-6  # rounding error relative to the largest terms of a squared distance
 CHUNK = 256  # centroids whose bounds are computed together
-ROWS = 256  # per block: its bounds of CHUNK centroids stay in a CPU's cache
+# Rows whose bounds of CHUNK centroids stay in a CPU's cache; per block.
+ROWS, BLOCK = 512, 256
 TOGETHER = 256  # rows that are compared with all columns together
 MOST_GAPS = 2**24  # bounds of blocks and centroids that are kept
 # If more rows than the share HOPELESS had to be compared with all centroids, the next updates
@@ -80,7 +81,7 @@ class Known(NamedTuple):
     floors: Float[Array, " N"]
     offsets: Float[Array, "K D"]  # the centroids minus m
     share: Float[Array, ""]  # of the scores that were computed from all columns
-    blocks: "Blocks | None"  # None if they would take too much memory
+    blocks: "Blocks | None"  # None with few rows, or if they would take too much memory
 
 
 class Blocks(NamedTuple):
@@ -124,7 +125,7 @@ def of_sample(
     """
     R = min(COLUMNS, int(SHARE * Z.shape[1])) - 2
     sample = compression.SAMPLE, 1
-    if len(Z) > MANY_ROWS * R:
+    if len(Z) >= MANY_ROWS:
         sample = MORE * compression.SAMPLE, ROUNDS
     found = compression.compress_by_sample(Z, key, R, num_samples, rows, centre, *sample)
     return of_basis(found.basis, found.X, energy, terms_of_mean)
@@ -157,8 +158,8 @@ def nothing(leading: Leading, K: int) -> Known:
     (D, _), (N, S), dtype = leading.basis.shape, leading.rows.shape, leading.rows.dtype
     # Separate arrays, because one buffer cannot be donated twice.
     uppers, floors, offsets = jnp.zeros(N, dtype), jnp.zeros(N, dtype), jnp.zeros((K, D), dtype)
-    G, blocks = -(-N // min(ROWS, N)), None
-    if G * K <= MOST_GAPS:
+    G, blocks = -(-N // min(BLOCK, N)), None
+    if N >= MANY_ROWS and G * K <= MOST_GAPS:
         order = jnp.arange(N, dtype=jnp.int32)
         zeros = (jnp.zeros(shape, dtype) for shape in ((N, S), (G, S + 1), (G, K)))
         blocks = Blocks(jnp.zeros((), bool), order, *zeros)
@@ -189,7 +190,8 @@ def renew(
         active: bool[K], an inactive centroid is no row's nearest.
     """
     N, K, dtype = len(Z), len(offsets), offsets.dtype
-    size, hopeless = min(ROWS, N), known.share > HOPELESS
+    blocks, hopeless = known.blocks, known.share > HOPELESS
+    size = min(ROWS if blocks is None else BLOCK, N)
     G = -(-N // size)
     squares = jnp.sum(offsets**2, axis=1)
     biases = jnp.where(active, squares, jnp.inf)
@@ -210,18 +212,18 @@ def renew(
     growths = jnp.where(jnp.isinf(shifts), jnp.inf, grown)[:, None]
     growths = jnp.concatenate([-2 * inward.at[:, -1].multiply(-1), growths], axis=1)
 
-    blocks = known.blocks
+    of_moved, middles = numbers_of(moved | anew, CHUNK), None
     if blocks is None:
         order, rows = jnp.arange(N, dtype=jnp.int32), leading.rows
         gaps = narrowed = jnp.zeros((G, 0), dtype)
-        of_moved = numbers_of(moved | anew, CHUNK)
     else:
+        last = blocks.order, blocks.rows, blocks.middles
         # Runs side by side decide together: alone, each of them would do both.
         unknown = largest_of_runs(~hopeless & ~blocks.known)
         order, rows, middles = jax.lax.cond(
             unknown,
             lambda: _in_blocks(leading, inside, known.labels, size),
-            lambda: (blocks.order, blocks.rows, blocks.middles),
+            lambda: last,
         )
         gaps = jnp.where(unknown, -jnp.inf, blocks.gaps)
         # ... and at least this, for all rows of a block.
@@ -238,8 +240,8 @@ def renew(
         products = jax.lax.optimization_barrier(rows * others)
         return matmul(products, jnp.ones(rows.shape[1], dtype))
 
-    def rule_out(i: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
-        *found, gaps = found
+    def rule_out(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        *found, gaps = carry
         first = jnp.minimum(i * size, N - size)  # the last block overlaps
         x, own, old, floor, error = (
             jax.lax.dynamic_slice_in_dim(values, first, size)
@@ -312,11 +314,10 @@ def renew(
     *found, is_open = found
 
     together = min(TOGETHER, N)
-    missing = -K % CHUNK or 1  # at least one that is nearest to nothing
-    every = jnp.pad(offsets, ((0, missing), (0, 0)))
-    of_every = jnp.pad(biases, (0, missing), constant_values=jnp.inf)
-    opened, remaining = numbers_of(is_open & (slack > -jnp.inf), together)
+    every = jnp.pad(offsets, ((0, 1), (0, 0)))
+    of_every = jnp.pad(biases, (0, 1), constant_values=jnp.inf)
     from_first = jnp.arange(K + -K % CHUNK, dtype=jnp.int32)
+    opened, remaining = numbers_of(is_open & (slack > -jnp.inf), together)
 
     def near(first: Array, last: Array) -> tuple[Array, Array]:
         """Returns how many centroids are near the blocks of these rows, and their numbers."""
@@ -327,37 +328,27 @@ def renew(
         def add(block: Array, found: Array) -> Array:
             return found | ~(gaps[block] > 0)
 
-        start = jnp.zeros(K, bool)
-        found = jax.lax.fori_loop(block_of(first), block_of(last) + 1, add, start)
-        return numbers_of(found, CHUNK)
+        if blocks is None:
+            return jnp.asarray(K), jnp.minimum(from_first, K)
+        end = jnp.where(hopeless, 0, block_of(last) + 1)
+        start = jnp.broadcast_to(hopeless, (K,))
+        return numbers_of(jax.lax.fori_loop(block_of(first), end, add, start), CHUNK)
 
-    def compare_near(i: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
-        *found, computed = found
+    def compare_near(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        *found, computed = carry
         chosen = jax.lax.dynamic_slice_in_dim(remaining, i * together, together)
         z = Z[order[jnp.minimum(chosen, N - 1)]] - mean
         last = jnp.minimum(opened - i * together, together) - 1
 
-        def compared(vectors: Array, bias: Array, numbers: Array, best: Nearest) -> Nearest:
-            scores = jax.lax.optimization_barrier(bias[:, None] - 2 * matmul(vectors, z.T))
-            return compare(scores, best, numbers)
-
-        def chunk_of_all(j: Array, best: Nearest) -> Nearest:
-            parts = every, of_every, from_first
-            of = (jax.lax.dynamic_slice_in_dim(part, j * CHUNK, CHUNK) for part in parts)
-            return compared(*of, best)
+        count, listed = near(chosen[0], chosen[last])
 
         def chunk(j: Array, best: Nearest) -> Nearest:
             some = jax.lax.dynamic_slice_in_dim(listed, j * CHUNK, CHUNK)
-            return compared(every[some], of_every[some], some, best)
+            scores = of_every[some][:, None] - 2 * matmul(every[some], z.T)
+            return compare(jax.lax.optimization_barrier(scores), best, some)
 
-        best, count = Nearest.none(together, dtype), jnp.asarray(K)
-        all_chunks = len(from_first) // CHUNK
-        if blocks is not None:
-            # Two loops, one of which runs zero times.
-            count, listed = near(chosen[0], chosen[last])
-            chunks, all_chunks = -(-count // CHUNK), jnp.where(hopeless, all_chunks, 0)
-            best = jax.lax.fori_loop(0, jnp.where(hopeless, 0, chunks), chunk, best)
-        best = jax.lax.fori_loop(0, all_chunks, chunk_of_all, best)
+        best = Nearest.none(together, dtype)
+        best = jax.lax.fori_loop(0, -(-count // CHUNK), chunk, best)
         parts = (
             values.at[chosen].set(part, mode="drop")
             for values, part in zip(found, best, strict=True)
@@ -368,10 +359,11 @@ def renew(
     found = jax.lax.fori_loop(0, -(-opened // together), compare_near, found)
     *found, computed = found
     share = jnp.where(hopeless, AGAIN * known.share, computed / N)
-    if blocks is not None:
-        found = (values.at[order].set(part) for values, part in zip(known, found, strict=False))
+    if middles is not None:
+        found = [jnp.zeros_like(part).at[order].set(part) for part in found]
         blocks = Blocks(~hopeless, order, rows, middles, gaps)
-    return Known(*found, offsets=offsets, share=share, blocks=blocks)
+    labels, uppers, floors = found
+    return Known(labels, uppers, floors, offsets, share, blocks)
 
 
 def _in_blocks(
@@ -382,7 +374,7 @@ def _in_blocks(
     # Rows of a cluster are together, and so are clusters with the same nearest of a few of them.
     few = inside[:: max(int(K**0.5), 1)]
     apart = jnp.sum(few**2, axis=1) - 2 * matmul(inside, few.T)
-    place = jnp.zeros(K, jnp.int32).at[jnp.argsort(jnp.argmin(apart, axis=1))].set(jnp.arange(K))
+    place = jnp.argmin(apart, axis=1).astype(jnp.int32) * K + jnp.arange(K, dtype=jnp.int32)
     order = jnp.argsort(place[labels]).astype(jnp.int32)
     rows = leading.rows[order]
 

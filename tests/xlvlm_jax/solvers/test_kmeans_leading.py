@@ -21,7 +21,7 @@ KEY = jax.random.key(0)
 def few(monkeypatch):
     """Sizes with several blocks, of which the last ones overlap or are filled up."""
     sizes = {"COLUMNS": 9, "LEAST_WIDTH": 40, "LEAST_SCORES": 1}
-    sizes |= {"CHUNK": 48, "ROWS": 64, "TOGETHER": 64}
+    sizes |= {"CHUNK": 48, "ROWS": 256, "BLOCK": 64, "TOGETHER": 64, "MANY_ROWS": 1}
     for name, value in sizes.items():
         monkeypatch.setattr(kmeans_leading, name, value)
     monkeypatch.setattr(kmeans_nearest, "TURN", 7)
