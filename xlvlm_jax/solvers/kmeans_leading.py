@@ -19,10 +19,10 @@ with all centroids near it. So the result is Lloyd's, up to rounding.
 
 Many rows are in blocks, sorted by their labels, and each block keeps for each centroid a lower
 bound on its score minus the upper bound of a row: the least of the block. A centroid of which it is
-positive is nearest to no row of the block. A move d lowers it by at most what the rows' upper bounds rise,
-and by 2 (x' d + r |d|) for rows within r of x'. Until it is used up, the block is not multiplied by
-this centroid; the others are near. Lower bounds of these stay true while they do not move, so only
-those that moved are multiplied: few, in late updates.
+positive is nearest to no row of the block. A move d lowers it by at most what the rows' upper
+bounds rise, and by 2 (x' d + r |d|) for rows within r of x'. Until it is used up, the block is not
+multiplied by this centroid; the others are near. Lower bounds of these stay true while they do not
+move, so only those that moved are multiplied: few, in late updates.
 
 Bounds that last over updates: Hamerly, "Making k-means even faster", SDM 2010; for groups of rows:
 Kanungo et al., "An efficient k-means clustering algorithm", TPAMI 2002. Columns that rule
@@ -59,9 +59,9 @@ CHUNK = 256  # centroids whose bounds are computed together
 ROWS, BLOCK = 512, 256
 TOGETHER = 256  # rows that are compared with all columns together
 MOST_GAPS = 2**24  # bounds of blocks and centroids that are kept
-# If more than the share HOPELESS of all scores had to be computed from all columns, the next updates
-# compare all rows, until the share, multiplied by AGAIN in each, is below it. So does the first
-# update, whose centroids are rows, with all that rows have outside the span.
+# If more than the share HOPELESS of all scores had to be computed from all columns, the next
+# updates compare all rows, until the share, multiplied by AGAIN in each, is below it. So does the
+# first update, whose centroids are rows, with all that rows have outside the span.
 HOPELESS, AGAIN, FIRST = 0.6, 0.8, 0.7
 
 
