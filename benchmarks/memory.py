@@ -26,13 +26,13 @@ class Resident(NamedTuple):
     file: int  # of `now`: mapped files, such as libraries, whose pages the system can drop
 
 
-def resident() -> Resident:
-    """Returns the resident memory of this process.
+def resident(status: Path = STATUS) -> Resident:
+    """Returns the resident memory of this process, or of another from a copy of its status.
 
     Raises:
         OSError: this system has no /proc.
     """
-    lines = (line.split() for line in STATUS.read_text().splitlines())
+    lines = (line.split() for line in status.read_text().splitlines())
     # Kernels give these in units of 1,024 bytes.
     kilobytes = {line[0].rstrip(":"): int(line[1]) for line in lines if line[-1] == "kB"}
     names = ("VmRSS", "VmHWM", "RssAnon", "RssFile")

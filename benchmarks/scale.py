@@ -18,6 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import memory
 from benchmarks.measure import save
 
 D, CONCEPTS = 192, 20  # width of the embedded model; number of clusters of the states
@@ -41,6 +43,15 @@ FIGURES = {
     "bytes": ("GB", 1e9),
     "disk": ("GB on disk", 1e9),
 }
+# Leaves what the system says about the process when it ends. The largest resident size that wait4
+# gives is no less than the parent's own, which the process has before it begins its program.
+PROCESS = """
+import atexit, pathlib, sys
+left = pathlib.Path(sys.argv.pop(1))
+atexit.register(lambda: left.write_text(pathlib.Path("/proc/self/status").read_text()))
+from xlvlm_jax.cli import main
+main()
+"""
 STEEP = 1.1  # an exponent above which a figure grows faster than the rows
 PAGE = """Made by `python -m benchmarks.scale --page benchmarks/scale.md`: made-up states [N, 192]
 of the embedded model, 20 concepts, each command in a process of its own, in which programs are
@@ -150,18 +161,24 @@ def measure(command: Command) -> dict[str, float]:
 
     Of a command in a process of its own.
     """
-    line = [sys.executable, "-c", "from xlvlm_jax.cli import main; main()", *command.arguments]
-    began = time.perf_counter()
-    process = subprocess.Popen(line, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    spent = time.perf_counter() - began
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"xlvlm {' '.join(command.arguments)} ended with {process.returncode}")
+    with tempfile.TemporaryDirectory() as scratch:
+        left = Path(scratch) / "status"
+        began = time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(left), *command.arguments],
+            stdout=subprocess.DEVNULL,
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        spent = time.perf_counter() - began
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            ended = f"ended with {process.returncode}"
+            raise RuntimeError(f"xlvlm {' '.join(command.arguments)} {ended}")
+        peak = memory.resident(left).peak
     return {
         "seconds": spent,
         "cpu": usage.ru_utime + usage.ru_stime,
-        "bytes": usage.ru_maxrss * 1024,
+        "bytes": peak,
         "disk": size_of(command.output),
     }
 
