@@ -41,7 +41,7 @@ from rich.table import Table
 
 from benchmarks import memory, streamed
 from benchmarks.measure import save
-from benchmarks.solvers import drawing, matrices
+from benchmarks.solvers import matrices
 from benchmarks.tpu.hlo import Program
 from benchmarks.tpu.measured import collectives
 from xlvlm_jax.solvers import blas_threads, kmeans, pca, phases, semi_nmf
@@ -302,6 +302,9 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(measure(Case(*json.loads(arguments.child)))))
         return
+    # Not in the processes that are measured.
+    from benchmarks.solvers import drawing
+
     console, rows = Console(), []
     console.width = max(console.width, 120)
 

@@ -631,7 +631,8 @@ def decompose_stored(
     reads stored rows batch by batch too; here their activations can stay on disk as well. For the
     others: the updates are those of `decompose` for a Z that is not
     small, each in one pass over the source; see `solvers.streamed`. Apart from a few tiles of 4 MB,
-    memory holds N (K + 44) numbers for compressed rows and 2 N K for codes.
+    memory holds some numbers of every row: for "snmf" K + 44 in compressed columns and 2 K codes,
+    for "kmeans" K + 28 and about a dozen, for "pca" none.
 
     Args:
         source: has shape (N, D), tiles(count) and take(numbers).

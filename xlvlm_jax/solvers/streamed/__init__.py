@@ -6,7 +6,11 @@ the source instead of one over an array. Semi-NMF and k-means are first solved i
 source until the method's stopping rule ends them.
 
 Memory holds one tile, the next tile being read, and what is kept per row: R compressed columns and,
-for semi-NMF, two rows of K codes. N rows, D width, K concepts, B rows per tile.
+for semi-NMF, two rows of K codes. The columns are computed, rotated and solved in one array, which
+a CPU uses where it is; another device keeps them while it solves. Their programs are compiled
+before they take memory, and what compiling took is given back.
+
+N rows, D width, K concepts, B rows per tile.
 """
 
 from xlvlm_jax.solvers.streamed import kmeans, pca, semi_nmf

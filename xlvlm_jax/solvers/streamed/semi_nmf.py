@@ -145,6 +145,7 @@ def solve(
     # device_put, as asarray would copy an array that a CPU can use in place.
     X = jax.device_put(small.X)
     del small  # also frees its rows, if they are on another device now
+    give_back()
     begun = phases.watched(plan, given, X, None, tell or (lambda standing: None))
     del X
     atoms = matmul(begun.components[0, :K], basis.T)
