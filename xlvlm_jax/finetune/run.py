@@ -189,10 +189,11 @@ def _train(run: _Run, work: Path) -> tuple[Trainer, State, list[dict[str, Any]]]
         # Before the next state is saved. Adam keeps what is not finite for ever.
         if wrong := [name for name, value in figures.items() if not np.isfinite(value)]:
             kept = manager.latest_step()
+            left = f"; {work} holds the state of step {kept}: delete it to start over"
             raise FloatingPointError(
                 f"at step {step}, {wrong[0]} is {figures[wrong[0]]}; lower the learning rate, or "
-                "load the model in float32 or bfloat16 (numbers above 65,504 overflow in float16). "
-                f"{work} holds the state of step {kept or 0}: delete it to start over"
+                "load the model in float32 or bfloat16 (numbers above 65,504 overflow in float16)"
+                + (left if kept else "")
             )
         log.append({"step": step, **{k: float(f"{v:.6g}") for k, v in figures.items()}})
         if run.progress is not None:
@@ -333,7 +334,7 @@ def _begin(work: Path, arguments: dict[str, Any]) -> None:
     before = files.read_json(file)
     if not isinstance(before, dict):
         raise ValueError(f"{file}: expected a JSON object; delete {work} and start over")
-    before = {_TAUGHT: arguments[_TAUGHT], **before}
+    before = _comparable(before, arguments)
     for name in before | arguments:
         if before.get(name) != arguments.get(name):
             raise ValueError(
@@ -342,11 +343,21 @@ def _begin(work: Path, arguments: dict[str, Any]) -> None:
             )
 
 
+def _comparable(before: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of an earlier run as this release would have recorded them."""
+    before = {_TAUGHT: arguments[_TAUGHT], **before}
+    name = "base model"
+    # Earlier releases named a directory as it was given; its contents are in the fingerprint.
+    if os.path.abspath(str(before.get(name))) == os.path.abspath(arguments[name]):
+        before[name] = arguments[name]
+    return before
+
+
 def _finished_log(output: Path, arguments: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns the log of a finished run; FileExistsError if its arguments differ."""
     try:
         written = json.loads((output / RECORD).read_text())
-        if {_TAUGHT: arguments[_TAUGHT], **written["arguments"]} == arguments:
+        if _comparable(written["arguments"], arguments) == arguments:
             return written["log"]
     except (OSError, ValueError, KeyError, TypeError):
         pass
@@ -397,10 +408,15 @@ def _digest(samples: Sequence[Sample]) -> str:
 
 
 def _taught(samples: Sequence[Sample]) -> str:
-    """Returns a digest of the pictures' names and of the answers to learn."""
+    """Returns a digest of the pictures' names and of the answers to learn.
+
+    Names are those below the directory that holds all pictures, which may be moved.
+    """
     digest = hashlib.sha256()
-    for sample in samples:
-        learnt = [os.path.abspath(sample.image), *examples.training_answers(sample)]
+    pictures = [os.path.abspath(sample.image) for sample in samples]
+    root = os.path.commonpath([os.path.dirname(picture) for picture in pictures])
+    for picture, sample in zip(pictures, samples, strict=True):
+        learnt = [os.path.relpath(picture, root), *examples.training_answers(sample)]
         digest.update(json.dumps(learnt).encode())
     return digest.hexdigest()[:16]
 

@@ -31,8 +31,8 @@ class FinetuneSettings:
         clip: maximum global norm of the gradient.
         seed: random seed of the factors, the order of samples and the choice of references.
         recompute: keep only the states between the decoder's layers for gradients and compute
-            what is inside of them again: less memory, a third more time, the same results. Without
-            effect for Molmo. None: on accelerators.
+            what is inside of them again: less memory, a third more time, the same results. None:
+            on accelerators.
 
     Raises:
         ValueError: a value is out of range.

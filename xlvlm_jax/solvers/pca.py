@@ -76,8 +76,8 @@ AT_ONCE = 2**17  # rows that are multiplied at once for images of axes
 # explain within 1e-6 of what they could. From STEEP on, small entries have to be on one scale with
 # the large ones before any eigenvalues are computed.
 SPREAD, WIDER, STEEP = 2**12, 2**14, 2**20
-# The same: with more, the small axes are computed apart, and their images are looked at before they
-# are said to have converged. Rounding hides 2^-24 times this of an image, or 1.5e-5 of a gain.
+# First axis's variance over the last one's: with more, images are looked at before axes are said to
+# have converged. Rounding hides 2^-24 times this of an image, or 1.5e-5 of a gain.
 HIDES = 2**16
 TINY = 1e-30
 

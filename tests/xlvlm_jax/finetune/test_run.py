@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -178,9 +179,14 @@ def test_other_pictures_or_answers_are_another_run(vlm, samples, trained, tmp_pa
     for other in (corrected, moved):
         with pytest.raises(FileExistsError, match="was not made with these arguments"):
             finetune(vlm, [other, *samples[1:]], trained, SETTINGS, **options)
-    # Runs of earlier releases did not record them.
+    # All pictures may move together.
+    there = [dataclasses.replace(s, image=tmp_path / "data" / s.image.name) for s in samples]
+    moved_options = {**OPTIONS, "evaluation": there[:3]}
+    assert finetune(vlm, there, trained, SETTINGS, **moved_options).steps == 5
+    # Runs of earlier releases did not record them, and named the model as it was given.
     record = json.loads((trained / "training.json").read_text())
     del record["arguments"]["pictures and answers digest"]
+    record["arguments"]["base model"] = os.path.relpath(record["arguments"]["base model"])
     (tmp_path / "earlier").mkdir()
     (tmp_path / "earlier" / "training.json").write_text(json.dumps(record))
     assert finetune(vlm, samples, tmp_path / "earlier", SETTINGS, **options).steps == 5
