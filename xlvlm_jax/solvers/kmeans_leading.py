@@ -47,9 +47,9 @@ from xlvlm_jax.solvers.loop import largest_of_runs
 # Columns of the product that rules centroids out, R + 2: more cost more than they rule out. At most
 # this share of the columns of Z.
 COLUMNS, SHARE = 64, 0.5
-# From so many rows on, they are in blocks, which otherwise gains less than sorting costs, and the
-# columns come from a sample MORE times as large, in so many rounds.
-MANY_ROWS, MORE, ROUNDS = 2**16, 4, 3
+# From so many rows and centroids on, rows are in blocks, which otherwise cost more than they save.
+# The columns of many rows come from a sample MORE times as large, in so many rounds.
+MANY_ROWS, MANY_CENTROIDS, MORE, ROUNDS = 2**16, 2**10, 4, 3
 # Least numbers of columns of Z, and of scores, with which this is faster than to keep and renew all
 # scores.
 LEAST_WIDTH, LEAST_SCORES = 128, 2**21
@@ -81,7 +81,7 @@ class Known(NamedTuple):
     floors: Float[Array, " N"]
     offsets: Float[Array, "K D"]  # the centroids minus m
     share: Float[Array, ""]  # of the scores that were computed from all columns
-    blocks: "Blocks | None"  # None with few rows, or if they would take too much memory
+    blocks: "Blocks | None"  # None with few rows or centroids, or too many of both
 
 
 class Blocks(NamedTuple):
@@ -159,7 +159,7 @@ def nothing(leading: Leading, K: int) -> Known:
     # Separate arrays, because one buffer cannot be donated twice.
     uppers, floors, offsets = jnp.zeros(N, dtype), jnp.zeros(N, dtype), jnp.zeros((K, D), dtype)
     G, blocks = -(-N // min(BLOCK, N)), None
-    if N >= MANY_ROWS and G * K <= MOST_GAPS:
+    if N >= MANY_ROWS and K >= MANY_CENTROIDS and G * K <= MOST_GAPS:
         order = jnp.arange(N, dtype=jnp.int32)
         zeros = (jnp.zeros(shape, dtype) for shape in ((N, S), (G, S + 1), (G, K)))
         blocks = Blocks(jnp.zeros((), bool), order, *zeros)

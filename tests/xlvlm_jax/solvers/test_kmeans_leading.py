@@ -22,6 +22,7 @@ def few(monkeypatch):
     """Sizes with several blocks, of which the last ones overlap or are filled up."""
     sizes = {"COLUMNS": 9, "LEAST_WIDTH": 40, "LEAST_SCORES": 1}
     sizes |= {"CHUNK": 48, "ROWS": 256, "BLOCK": 64, "TOGETHER": 64, "MANY_ROWS": 1}
+    sizes |= {"MANY_CENTROIDS": 1}
     for name, value in sizes.items():
         monkeypatch.setattr(kmeans_leading, name, value)
     monkeypatch.setattr(kmeans_nearest, "TURN", 7)
