@@ -225,7 +225,7 @@ def _without_copy_of_tied(
     """
     names = {canonical_name(own): name for name, own in copied.items()}
     head, table = (names.get(f"{site}.weight") for site in tied) if tied else (None, None)
-    if None in (head, table) or not safetensors_io.equal(stored[head], stored[table]):
+    if head is None or table is None or not safetensors_io.equal(stored[head], stored[table]):
         return dict(copied)
     return {name: own for name, own in copied.items() if name != head}
 

@@ -362,6 +362,7 @@ class TestCudnn:
 ON_A_MESH = """
 import functools
 import jax, jax.numpy as jnp, numpy as np
+from jax._src.cudnn import fused_attention_stablehlo
 import ports
 from ports.nn import attention
 from ports.parallel import sharding
@@ -371,6 +372,7 @@ query = jnp.asarray(random.standard_normal((2, 130, 8, 4), np.float32))
 key, value = jnp.asarray(random.standard_normal((2, 2, 130, 4, 4), np.float32))
 mask = (jnp.arange(130) >= jnp.array([[0], [20]]))[:, None, None]
 options = {"causal": True, "window": None, "softcap": None}
+own, fused_attention_stablehlo.check_cudnn_version = attention._cudnn, lambda: 91000
 expected = attention.attend(query, key, value, mask, **options)
 # The second mesh divides rows, but not the four key-value heads.
 for shape in ((2, 4), (1, 8)):
@@ -396,6 +398,23 @@ for shape in ((2, 4), (1, 8)):
         keys, values = attention.cache_layout(key, value)
         return attention._attend_plainly(query, keys, values, mask, causal, window, scalar, None)
 
+    # First the call itself and its gradient, lowered for CUDA: rows of a device, of the mask too.
+    def total(*given):
+        with sharding.on(mesh):
+            y = attention._attend_on_gpu(*given, scalar=64, **options)
+            return y.astype(jnp.float32).sum()
+
+    attention._cudnn = own
+    rows, shape_of = 8 // shape[0], jax.ShapeDtypeStruct
+    given = [shape_of((8, 128, heads, 64), jnp.bfloat16) for heads in (16, 2, 2)]
+    slopes = jax.jit(jax.grad(total, (0, 1, 2)))
+    traced = slopes.trace(*given, shape_of((8, 1, 1, 128), bool))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line.split(" : (")[-1] for line in text.splitlines() if "__cudnn$fmha" in line]
+    assert len(calls) == 2, calls
+    for call in calls:
+        assert call.startswith(f"tensor<{rows}x128x16x64xbf16>, tensor<{rows}x128x2x64xbf16>"), call
+        assert f"tensor<{rows}x1x128x128xbf16>" in call, call
     attention._cudnn = plain
 
     @jax.jit
