@@ -1,6 +1,6 @@
 """`VLM`: a loaded vision-language model that runs, the same class for every port."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -78,10 +78,13 @@ class VLM(LoadedModel):
             sites: names of sites, or patterns such as "layers.*" (see `find_sites`), whose states
                 to return.
             edits: site, or pattern for sites of the decoder -> edit or edits of its states
-                (`ports.add` ...); see `ports.steer`.
+                (`ports.add` ...); see `ports.steer`. In a vision tower, rows are images, crops,
+                tiles or frames. For edits with an entry for each, and for functions, every number
+                of them compiles a program; for others, few numbers do.
 
         Returns:
-            Logits and states at all T positions.
+            Logits and states at all T positions. States of a vision tower are [N, P, D], N images,
+            crops, tiles or frames; where it runs for images and for videos, a tuple of both.
 
         Raises:
             ValueError: a token id is outside the vocabulary, a site is unknown, an edit does not
@@ -90,7 +93,12 @@ class VLM(LoadedModel):
         arrays, asked = self._check(inputs), self.find_sites(sites)
         edits, arrays = self._lay_out(edits, arrays)
         logits, states = passes.forward(
-            self.module, self.params, self._place(arrays), edits, distinct(asked), mesh=self._mesh
+            self.module,
+            self.params,
+            self._place(arrays, variants=[edits]),
+            edits,
+            distinct(asked),
+            mesh=self._mesh,
         )
         length = arrays["input_ids"].shape[1]
         return Output(logits[:, -length:], self._cut(states, asked, arrays))
@@ -126,9 +134,8 @@ class VLM(LoadedModel):
         if all(self.module.is_of_decoder(site) and site != self.head for site in chosen):
             aligned, shared = self._divided(inputs, arrays, [edits])
         if shared is None:
-            states = passes.states(
-                self.module, self.params, self._place(arrays), edits, chosen, mesh=self._mesh
-            )
+            placed = self._place(arrays, variants=[edits])
+            states = passes.states(self.module, self.params, placed, edits, chosen, mesh=self._mesh)
             return self._cut(states, asked, arrays)
         states = passes.states(
             self.module, self.params, self._place(aligned), edits, chosen, shared
@@ -272,7 +279,7 @@ class VLM(LoadedModel):
                 # The rest is of pictures alone.
                 read = {*padding.FILL, *self._port.per_position, *self.module.position_inputs}
                 aligned = {name: value for name, value in aligned.items() if name in read}
-        placed: dict[str, Any] = {**self._place(aligned, pad_to_multiple_of)}
+        placed: dict[str, Any] = {**self._place(aligned, pad_to_multiple_of, [laid])}
         if kept is not None:
             placed["image_states"] = kept.resized(placed["input_ids"].size)
         ends = {"eos_tokens": self.eos_tokens, "pad_token": self.pad_token, "mesh": self._mesh}
@@ -349,7 +356,7 @@ class VLM(LoadedModel):
             "at_prompt": at_prompt(variants),
             "shared": shared,
         }
-        rules, aligned = self._rules(arrays), self._place(aligned)
+        rules, aligned = self._rules(arrays), self._place(aligned, variants=variants)
         return (self.module, self.params, aligned, sampling, edits, rules), options
 
     def _divided(
@@ -617,14 +624,23 @@ class VLM(LoadedModel):
     ) -> dict[str, Array]:
         """Returns the states under the requested names, without the padding of `_padded`."""
         rows, length = arrays["input_ids"].shape
-        counts = {len(arrays[name]) for name in self._port.pieces if name in arrays}
-        padded = {padding.count_pieces(n, rows, self._num_shares): n for n in counts}
-        # Of images and of videos, those of the tower are not told apart.
-        padded = padded if len(counts) == 1 else {}
+        counts = [len(arrays[name]) for name in self._port.pieces if name in arrays]
+
+        def of_call(value: Any, counts: Sequence[int]) -> Any:
+            padded = {padding.count_pieces(n, rows, self._num_shares): n for n in counts}
+            return jax.tree.map(
+                lambda x: x[: padded.get(len(x))] if len(padded) == 1 and x.ndim else x, value
+            )
+
+        def of_tower(value: Any) -> Any:
+            # For images and for videos, a tower runs one after the other.
+            if type(value) is not tuple or not counts or len(value) % len(counts):
+                return of_call(value, counts)
+            calls = len(value) // len(counts)
+            return tuple(of_call(x, [counts[i // calls]]) for i, x in enumerate(value))
+
         cut = {
-            site: value[:, -length:]
-            if self.module.is_of_decoder(site)
-            else value[: padded.get(len(value))]
+            site: value[:, -length:] if self.module.is_of_decoder(site) else of_tower(value)
             for site, value in states.items()
         }
         return _by_name(cut, asked)
@@ -662,19 +678,42 @@ class VLM(LoadedModel):
         """
         return self._place(self._check(inputs))
 
-    def _padded(self, arrays: dict[str, np.ndarray], multiple: int = 1) -> dict[str, np.ndarray]:
-        arrays = padding.pad_pieces(
-            arrays, self._port.pieces, len(arrays["input_ids"]), self._num_shares
+    def _padded(
+        self,
+        arrays: dict[str, np.ndarray],
+        multiple: int = 1,
+        variants: Iterable[layout.LaidOut] = (),
+    ) -> dict[str, np.ndarray]:
+        """Pads arrays to a compiled length, and to a compiled number of images, tiles or frames.
+
+        Not to the latter where one of the edits, of all `variants`, has an entry for each of them
+        or may depend on all: it is for those that the caller sees.
+        """
+        rest = (
+            edit
+            for edits in variants
+            for site, listed in edits.items()
+            if not self.module.is_of_decoder(site)
+            for edit in listed
         )
+        if all(map(is_same_for_rows, rest)):
+            arrays = padding.pad_pieces(
+                arrays, self._port.pieces, len(arrays["input_ids"]), self._num_shares
+            )
         return padding.pad_to_bucket(arrays, self.pad_token, self._port.per_position, multiple)
 
     @property
     def _num_shares(self) -> int:
         """Number of groups of devices that share a batch."""
-        return 1 if self._mesh is None else self._mesh.shape["data"]
+        return 1 if self._mesh is None else self._mesh.shape.get("data", 1)
 
-    def _place(self, arrays: dict[str, np.ndarray], multiple: int = 1) -> dict[str, Array]:
-        return sharding.put_batch(self._padded(arrays, multiple), self._mesh)
+    def _place(
+        self,
+        arrays: dict[str, np.ndarray],
+        multiple: int = 1,
+        variants: Iterable[layout.LaidOut] = (),
+    ) -> dict[str, Array]:
+        return sharding.put_batch(self._padded(arrays, multiple, variants), self._mesh)
 
 
 def _by_name(states: dict[str, Array], asked: Mapping[str, str]) -> dict[str, Array]:

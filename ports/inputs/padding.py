@@ -54,12 +54,14 @@ def count_pieces(count: int, rows: int, multiple: int = 1) -> int:
         count: their number.
         rows: number of prompts, B. One piece per prompt is left alone, as are no pieces.
         multiple: number of devices that share them; a number that it does not divide would be
-            computed as a whole on each of them.
+            computed as a whole on each of them. Where it divides the rows, as many pieces for each
+            row are left alone: each device has those of its own rows (see `place_images`).
 
     Returns:
         The padded number.
     """
-    if count in (0, rows):
+    is_even = multiple > 1 and rows % multiple == 0 and count % rows == 0
+    if count in (0, rows) or is_even:
         return count
     return -(-bucket_count(count) // multiple) * multiple
 

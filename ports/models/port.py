@@ -170,7 +170,7 @@ class Port:
         pieces: the module's arrays with one entry per image, crop, tile or frame, to which entries
             of zeros may be added: no tokens stand for them. From nine on, they are added up to one
             of a few numbers, for which few programs are compiled, and on a mesh up to a multiple of
-            the devices that share a batch.
+            the devices that share a batch (see `ports.inputs.padding.count_pieces`).
         patch_layout: (config, arrays, read_processor) -> where the states of image tokens come
             from, for each row, with boxes as fractions of what the model saw (see
             `ports.inputs.patch_layout`); read_processor() is None if the checkpoint has none.

@@ -355,9 +355,12 @@ def widest_head(platform_version: str, capabilities: Sequence[str | None]) -> in
     Returns:
         128; 0 if a GPU is older than Ampere, which flash attention needs, or unknown.
     """
+    # ROCm's "capabilities" are names of architectures, such as "gfx942".
+    if "cuda" not in platform_version:
+        return 0
     # jax also takes 256 from Hopper on. It was never run here.
     found = [tuple(map(int, (said or "0").split("."))) for said in capabilities]
-    return 128 if "cuda" in platform_version and min(found, default=(0,)) >= (8, 0) else 0
+    return 128 if min(found, default=(0,)) >= (8, 0) else 0
 
 
 @functools.cache
@@ -413,58 +416,58 @@ def _cudnn(
 
 
 def _rows_merged(attend: Callable[..., Array]) -> Callable[..., Array]:
-    """Returns `attend`, for which `jax.vmap` merges its axis into the rows.
+    """Returns `attend`, for which `jax.vmap` merges its axis into the rows, in gradients too.
 
-    jax's own rule for cuDNN's attention (0.10.2) takes no mask with one row for all heads, and no
-    query, keys and values of which only some are mapped. A gradient still follows it: no rule of
-    one's own can be differentiated.
+    jax's own rule for cuDNN's attention (0.10.2) takes no mask with one row for all heads, no
+    query, keys and values of which only some are mapped, and no gradient that is mapped alone.
 
     Args:
         attend: (query, key, value) or (query, key, value, mask [B or 1, ...]) -> like query.
     """
 
-    @jax.custom_batching.custom_vmap
-    def merged(*arrays: Array) -> Array:
-        return attend(*arrays)
+    def with_rows(function: Callable[..., tuple[Array, ...]]) -> Callable[..., tuple[Array, ...]]:
+        """Makes a mapped axis of a function of (gradient, query, ...) or (query, ...) rows."""
 
-    @merged.def_vmap
-    def merge(size: int, mapped: Sequence[bool], *arrays: Array) -> tuple[Array, bool]:
-        rows = arrays[0].shape[int(mapped[0])]
+        @jax.custom_batching.custom_vmap
+        def merged(*arrays: Array) -> tuple[Array, ...]:
+            return function(*arrays)
 
-        def flat(x: Array, is_mapped: bool, is_mask: bool) -> Array:
-            if is_mask and not is_mapped and len(x) == 1:
-                return x  # of all rows
-            x = x if is_mapped else x[None]
-            return jnp.broadcast_to(x, (size, rows, *x.shape[2:])).reshape(-1, *x.shape[2:])
+        @merged.def_vmap
+        def merge(
+            size: int, mapped: Sequence[bool], *arrays: Array
+        ) -> tuple[tuple[Array, ...], tuple[bool, ...]]:
+            rows = arrays[0].shape[int(mapped[0])]
 
-        y = merged(*(flat(x, mapped[i], i == 3) for i, x in enumerate(arrays)))
-        return y.reshape(size, rows, *y.shape[1:]), True
+            def flat(x: Array, is_mapped: bool) -> Array:
+                if x.dtype == bool and not is_mapped and len(x) == 1:
+                    return x  # a mask of all rows
+                x = x if is_mapped else x[None]
+                return jnp.broadcast_to(x, (size, rows, *x.shape[2:])).reshape(-1, *x.shape[2:])
 
-    @jax.custom_batching.custom_vmap
-    def checked(*arrays: Array) -> tuple[Array, ...]:
-        return arrays
+            found = merged(*map(flat, arrays, mapped))
+            found = tuple(x.reshape(size, rows, *x.shape[1:]) for x in found)
+            return found, (True,) * len(found)
 
-    @checked.def_vmap
-    def check(
-        size: int, mapped: Sequence[bool], *arrays: Array
-    ) -> tuple[tuple[Array, ...], tuple[bool, ...]]:
-        del size
-        if len(arrays) > 3 or not all(mapped):
-            raise NotImplementedError(
-                "gradients through attention in half precision can't be mapped by jax.vmap on a "
-                "GPU; use jax.lax.map, or load the model in float32"
-            )
-        return arrays, tuple(mapped)
+        return merged
+
+    def pulled(gradient: Array, *arrays: Array) -> tuple[Array, ...]:
+        return jax.vjp(lambda *x: attend(*x, *arrays[3:]), *arrays[:3])[1](gradient)
+
+    # The value as in `pulled`, so that XLA can compute both at once.
+    value = with_rows(lambda *arrays: (jax.vjp(attend, *arrays)[0],))
+    pull = with_rows(pulled)
+    plain = with_rows(lambda *arrays: (attend(*arrays),))
 
     @jax.custom_vjp
     def call(*arrays: Array) -> Array:
-        return merged(*arrays)
+        return plain(*arrays)[0]
 
-    def forward(*arrays: Array) -> tuple[Array, Callable[..., Any]]:
-        return jax.vjp(attend, *checked(*arrays))
+    # A rule of `custom_vmap` can't be differentiated, but used in what computes the gradient.
+    def forward(*arrays: Array) -> tuple[Array, tuple[Array, ...]]:
+        return value(*arrays)[0], arrays
 
-    def backward(pull: Callable[..., Any], gradient: Array) -> Any:
-        return pull(gradient)
+    def backward(arrays: tuple[Array, ...], gradient: Array) -> tuple[Array | None, ...]:
+        return *pull(gradient, *arrays), *(None for _ in arrays[3:])
 
     call.defvjp(forward, backward)
     return call

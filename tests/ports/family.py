@@ -147,7 +147,7 @@ def check_logits(family: Family, inputs: Inputs) -> None:
 
 def check_pieces(family: Family, nine: Inputs, ten: Inputs) -> None:
     """Checks that batches of nine and of ten tiles or frames share a program, in which those that
-    are added change nothing.
+    are added change nothing, and that edits of the tower are of the nine.
     """
     vlm = family.vlm
     tower = next(site for site in vlm.sites if not vlm.module.is_of_decoder(site))
@@ -158,7 +158,13 @@ def check_pieces(family: Family, nine: Inputs, ten: Inputs) -> None:
     full = vlm.forward(ten, sites=[tower])
     assert passes.forward._cache_size() == before
     assert (len(output.states[tower]), len(full.states[tower])) == (9, 10)
-    np.testing.assert_array_equal(vlm.states(nine, sites=[tower])[tower], output.states[tower])
+    states = output.states[tower]
+    np.testing.assert_array_equal(vlm.states(nine, sites=[tower])[tower], states)
+    # Each gets another's states; a function of all of them would count those that are added.
+    edits = {tower: [ports.replace(np.array(states)[::-1]), lambda x: x - x.mean(0)]}
+    found = vlm.states(nine, sites=[tower], edits=edits)[tower]
+    expected = states[::-1] - states.mean(0)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
 def check_marked_cells(family: Family, inputs: Inputs) -> None:

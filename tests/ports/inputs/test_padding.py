@@ -32,6 +32,9 @@ def test_pieces_by_hand():
     # As many as rows are left alone, others are rounded up, and to a multiple of the devices.
     assert [padding.count_pieces(count, 9) for count in (0, 7, 9, 11, 33)] == [0, 7, 9, 12, 40]
     assert [padding.count_pieces(count, 9, 8) for count in (0, 7, 9, 11, 33)] == [0, 8, 9, 16, 40]
+    # As many for each of the rows are left alone where devices share these evenly.
+    of_nine = [(36, 4, 4), (36, 4, 1), (36, 4, 8), (27, 3, 4), (36, 3, 4)]
+    assert [padding.count_pieces(*each) for each in of_nine] == [36, 40, 40, 28, 40]
     arrays = {"input_ids": np.zeros((2, 3)), "tiles": np.ones((9, 4)), "others": np.ones(9)}
     padded = padding.pad_pieces(arrays, ("tiles", "frames"), 2)
     assert {name: x.shape for name, x in padded.items()} == {

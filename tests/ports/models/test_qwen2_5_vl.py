@@ -75,6 +75,14 @@ def test_nine_frames_and_ten_share_a_program(qwen):
     family.check_pieces(qwen, *(inputs | seconds for inputs in videos))
 
 
+def test_states_of_images_beside_those_of_a_video(qwen):
+    """Nine images and eleven frames: each of the tower's calls without what was added to it."""
+    inputs = make_inputs([[(1, 2, 2)] * 9 + [(11, 2, 2)]], [5])
+    images, frames = qwen.vlm.states(inputs, sites="visual.blocks.0")["visual.blocks.0"]
+    assert (len(images), len(frames)) == (9, 11)
+    assert np.abs(images).max(axis=(1, 2)).all() and np.abs(frames).max(axis=(1, 2)).all()
+
+
 def test_steering_is_a_hook(qwen):
     family.check_steering(qwen, IMAGES)
 

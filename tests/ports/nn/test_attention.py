@@ -263,7 +263,8 @@ def test_which_gpus_have_the_kernel():
         assert attention.widest_head(version, ["8.6", older]) == 0
     assert attention.widest_head(version, [None]) == 0
     assert attention.widest_head(version, []) == 0
-    assert attention.widest_head("PJRT C API\nrocm 60300", ["9.4"]) == 0
+    for said in ("gfx90a", "gfx942", "unknown", None):
+        assert attention.widest_head("PJRT C API\nrocm 60300", [said]) == 0
 
 
 class TestCudnn:
@@ -332,10 +333,28 @@ class TestCudnn:
         )
         for one, other in zip(ours, expected, strict=True):
             np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
-        gradient = jax.grad(loss, 1)
-        mapped = jax.vmap(lambda a: gradient(attend, a * query, key, value))
-        with helpers.raises_line(NotImplementedError, "jax.vmap on a GPU", "jax.lax.map"):
-            mapped(jnp.ones(2))
+
+    @pytest.mark.parametrize("mapped", ["k", "qv", "g", "kmg"])
+    def test_mapped_gradients(self, attend, mapped):
+        """A mapped axis of arrays (q, k, v, m), or of what is pulled back alone (g)."""
+        given = dict(zip("qkv", arrays(), strict=True))
+        tokens = jnp.asarray(self.MASKS[1 if "m" in mapped else 2])
+        weights = jnp.cos(jnp.arange(given["q"].size)).reshape(given["q"].shape)
+        # Not of queries that see nothing.
+        weights = weights * TOKENS[:, :, None, None] * TOKENS[::-1, :, None, None]
+
+        def pulled(attend, scale, index):
+            scaled = [scale * x if name in mapped else x for name, x in given.items()]
+            mask = jnp.roll(tokens, index, 0) if "m" in mapped else tokens
+            pull = jax.vjp(lambda *x: attend(*x, mask), *scaled)[1]
+            return pull(scale * weights if "g" in mapped else weights)
+
+        scales = jnp.array([1.0, -0.5])
+        got = jax.jit(jax.vmap(partial(pulled, attend)))(scales, jnp.arange(2))
+        reference = jax.jit(partial(pulled, partial(attention.attend, causal=True)))
+        for i in range(2):
+            for one, other in zip(got, reference(scales[i], i), strict=True):
+                np.testing.assert_allclose(one[i], other, rtol=0, atol=1e-5)
 
     @pytest.mark.parametrize("mapped", [False, True])
     def test_the_call_for_gpus(self, monkeypatch, mapped):
@@ -357,6 +376,32 @@ class TestCudnn:
             f"(tensor<{rows}x128x6x64xbf16>, {of_key}, {of_key}, tensor<{rows}x1x128x128xbf16>)"
         )
         assert f": {operands} -> " in call
+
+    @pytest.mark.parametrize("mapped", ["", "q", "g"])
+    def test_the_calls_for_gradients_on_gpus(self, monkeypatch, mapped):
+        """As above, with jax's own rules: a mapped axis becomes rows of the backward call too."""
+        cudnn = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+        monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+        shape = (2, 128, 2, 64)
+        given = [
+            jax.ShapeDtypeStruct((3, *shape) if name in mapped else shape, jnp.bfloat16)
+            for name in ("q", "k", "v", "g")
+        ]
+        tokens = jax.ShapeDtypeStruct((2, 1, 1, 128), bool)
+        options = {"causal": True, "window": None, "scalar": 64, "softcap": None}
+
+        def pulled(query, key, value, gradient, tokens):
+            run = partial(attention._attend_on_gpu, mask=tokens, **options)
+            return jax.vjp(run, query, key, value)[1](gradient)
+
+        if mapped:
+            axes = [0 if name in mapped else None for name in ("q", "k", "v", "g")]
+            pulled = jax.vmap(pulled, (*axes, None))
+        lowered = jax.jit(pulled).trace(*given, tokens).lower(lowering_platforms=("cuda",))
+        calls = [line for line in lowered.as_text().splitlines() if "__cudnn$fmha" in line]
+        assert any("Backward" in call for call in calls)
+        rows = 6 if mapped else 2
+        assert all(f"tensor<{rows}x128x2x64xbf16>" in call for call in calls)
 
 
 ON_A_MESH = """

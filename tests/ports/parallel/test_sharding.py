@@ -168,6 +168,15 @@ def test_axes_of_other_types_become_automatic():
     assert sharding.abstract_mesh(2, 4).are_all_axes_auto
 
 
+def test_inputs_on_a_mesh_without_a_data_axis(small):
+    inputs = helpers.make_inputs([1, 1], [3, 5])
+    mesh = jax.make_mesh((1,), ("model",))
+    found, expected = (
+        ports.load_abstract(small.directory, mesh=each).prepare(inputs) for each in (mesh, None)
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def test_a_model_on_a_mesh_with_explicit_axes(small):
     inputs = helpers.make_inputs([1, 1], [3, 5])
     found = []
