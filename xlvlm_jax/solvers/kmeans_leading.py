@@ -212,7 +212,7 @@ def renew(
     growths = jnp.where(jnp.isinf(shifts), jnp.inf, grown)[:, None]
     growths = jnp.concatenate([-2 * inward.at[:, -1].multiply(-1), growths], axis=1)
 
-    of_moved, middles = numbers_of(moved | anew, CHUNK), None
+    middles = None
     if blocks is None:
         order, rows = jnp.arange(N, dtype=jnp.int32), leading.rows
         gaps = narrowed = jnp.zeros((G, 0), dtype)
@@ -226,11 +226,14 @@ def renew(
             lambda: last,
         )
         gaps = jnp.where(unknown, -jnp.inf, blocks.gaps)
+        # Of a run whose blocks were known, floors leave out the centroids that were not near them.
+        anew = anew | (unknown & blocks.known)
         # ... and at least this, for all rows of a block.
         falls = jnp.linalg.norm(within, axis=1)[:, None], inward[:, -1:]
         least = jnp.where(jnp.isinf(shifts), -jnp.inf, jnp.where(moved, grown, 0))[:, None]
         falls = jnp.concatenate([-2 * within, *(-2 * fall for fall in falls), least], axis=1)
         narrowed = gaps + matmul(middles, falls.T)
+    of_moved = numbers_of(moved | anew, CHUNK) if blocks is None else None
     before, uppers, floors, slack = (
         values[order] for values in (known.labels, known.uppers, known.floors, slack)
     )
@@ -249,7 +252,7 @@ def renew(
         )
         real = error > -jnp.inf
         upper = old + jnp.where(moved[own], products_of(x, growths[own]) + error, 0)
-        if blocks is None:
+        if of_moved is not None:
             (count, listed), gap = of_moved, jnp.zeros(0, dtype)
         else:
             rise = jnp.max(jnp.where(real, upper - old, -jnp.inf))

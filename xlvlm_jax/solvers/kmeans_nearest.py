@@ -68,7 +68,8 @@ def compare(
     def several(first: Array | int, count: int, best: Nearest) -> Nearest:
         rows = jax.lax.dynamic_slice_in_dim(scores, first, count)
         of = None if numbers is None else jax.lax.dynamic_slice_in_dim(numbers, first, count)
-        of = first + jnp.arange(count) if of is None else of
+        # Labels are int32 in 64-bit mode too.
+        of = jnp.asarray(first + jnp.arange(count), jnp.int32) if of is None else of
         masked = [
             rows[i] if own is None else jnp.where(of[i] == own, jnp.inf, rows[i])
             for i in range(count)

@@ -233,6 +233,39 @@ def test_runs_side_by_side_have_no_choice_that_one_run_has_not(few, K):
     assert str(of_two).count("cond[") == str(of_one).count("cond[") > 1
 
 
+def test_a_run_that_sorts_its_rows_leaves_others_right(few):
+    """Both are sorted then. What is far from the blocks of the other, and stays, counts again."""
+    rng = np.random.default_rng(9)
+    Z = states(rng)
+    problem = kmeans.prepare(jnp.asarray(Z), N, jnp.ones(K, bool))
+    problem = kmeans.with_leading(problem, K, KEY, N)
+    centroids = Z[rng.choice(N, K, replace=False)]
+    kept, shifts = kmeans_assignment.nothing(problem), np.full(K, np.inf, np.float32)
+    kept = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), kept)
+    renew = jax.jit(jax.vmap(partial(kmeans_assignment.renew, problem), in_axes=(0, None, None)))
+    far = []
+    # Where most centroids move, bounds of the near ones alone are kept.
+    for size, share in ((0, 1), (0.01, 0.9), (0.01, 0.9), (0.01, 0.9), (3.0, 0.3), (3.0, 0.3)):
+        moved, before = rng.random(K) < share, centroids
+        step = size * moved[:, None] * rng.normal(size=(K, D)) / np.sqrt(D)
+        centroids = (centroids + step).astype(np.float32)
+        if far:
+            shifts = np.linalg.norm(centroids - before, axis=1)
+        kept, labels, _ = renew(kept, jnp.asarray(centroids) - problem.mean, jnp.asarray(shifts))
+        distances = pairwise_distances(Z.astype(np.float64), centroids)
+        chosen = distances[np.arange(N), labels[0]]
+        np.testing.assert_allclose(chosen, distances.min(axis=1), rtol=1e-5, atol=3e-5)
+        blocks = kept.known.blocks
+        far.append(float(jnp.mean(blocks.gaps[0] > 0)))
+        # The second run is as after an update that compared all of its rows.
+        kept = kept._replace(
+            known=kept.known._replace(
+                blocks=blocks._replace(known=jnp.array([blocks.known[0], len(far) < 4]))
+            )
+        )
+    assert max(far) > 0.2
+
+
 @pytest.mark.parametrize(("K", "move"), [(6, 0.004), (K, 0.02)], ids=["gaps", "two numbers"])
 def test_sums_that_follow_the_rows_do_not_drift(few, K, move, monkeypatch):
     """Rows near a border change to and fro in 300 updates; no update sums all rows."""
