@@ -398,7 +398,7 @@ def effects(
     return _effects(
         asked.vlm.module,
         asked.site,
-        at_once or _at_once(asked),
+        at_once or _at_once(asked, np.size(words)),
         asked.vlm.params,
         _arrays(asked),
         jnp.asarray(words),
@@ -417,10 +417,10 @@ def _check_width(asked: Questions, edits: ConceptEdits) -> None:
         )
 
 
-def _at_once(asked: Questions) -> int:
+def _at_once(asked: Questions, spellings: int = 0) -> int:
     """Returns how many edits run side by side: as many as keep their largest array small."""
     config = asked.vlm.sizes.text
-    logits = asked.weights.size * config.vocab_size
+    logits = asked.weights.size * max(config.vocab_size, spellings)
     if jax.default_backend() == "cpu":
         return max(1, LOGITS // logits)
     B, positions = asked.mask.shape
@@ -510,7 +510,7 @@ def slopes(
         asked.vlm.module,
         asked.site,
         # A pass backwards keeps what every layer computed.
-        at_once or max(1, _at_once(asked) // 4),
+        at_once or max(1, _at_once(asked, np.size(words)) // 4),
         asked.vlm.params,
         _arrays(asked),
         jnp.asarray(words),

@@ -76,10 +76,12 @@ def vocabulary_of(
             "none of the concepts has a word that is a token of the model; ground them first "
             "(xlvlm ground), with this model"
         )
-    further = [word for word in further if spelt[word]]
+    further = [word for word in spelt if spelt[word]]
     if len(further) > MOST_OTHERS:
+        # Of all words, so that the choice does not depend on the concepts that are asked for.
+        further.sort()
         further = [further[i * len(further) // MOST_OTHERS] for i in range(MOST_OTHERS)]
-    known += further
+    known += [word for word in further if word not in wanted]
     index = {word: i for i, word in enumerate(known)}
     return Vocabulary(
         words=known,

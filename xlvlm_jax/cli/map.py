@@ -115,7 +115,8 @@ def map_(
     learnt = None if concepts is None else Concepts.load(concepts)
     names = distinct_ends([path.with_suffix("") for path in vector or ()])
     loaded = {n: SteeringVector.load(path) for n, path in zip(names, vector or (), strict=True)}
-    vlm = load_model(model, dtype_of(dtype, _features_of(learnt)), adapter=adapter)
+    kind = dtype or dtype_of(None, _features_of(learnt))
+    vlm = load_model(model, kind, adapter=adapter)
     for each in loaded.values():
         files.require_fitted_model(each.source, vlm)
     found = map_pictures(
@@ -142,11 +143,14 @@ def map_(
 
 
 def _features_of(learnt: "Concepts | None") -> "Features | None":
-    """Returns the features of concepts, if they are still there: pictures do not need them."""
+    """Returns the features of concepts, if they can be read: pictures do not need them."""
     from xlvlm_jax import Features
 
     source = None if learnt is None else learnt.source.get("features")
-    return Features.open(source) if source is not None and Path(source).is_dir() else None
+    try:
+        return None if source is None else Features.open(source)
+    except (OSError, ValueError):
+        return None
 
 
 def _store(

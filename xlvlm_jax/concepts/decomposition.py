@@ -632,7 +632,8 @@ def decompose_stored(
     others: the updates are those of `decompose` for a Z that is not
     small, each in one pass over the source; see `solvers.streamed`. Apart from a few tiles of 4 MB,
     memory holds some numbers of every row: for "snmf" K + 44 in compressed columns and 2 K codes,
-    for "kmeans" K + 28 and about a dozen, for "pca" none.
+    for "kmeans" K + 28 and about a dozen, for "pca" none. On a CPU, k-means with more than 128
+    clusters takes 64 more, and with 1,024 or more another 64.
 
     Args:
         source: has shape (N, D), tiles(count) and take(numbers).

@@ -30,7 +30,7 @@ from xlvlm_jax.features.reader import Features
 from xlvlm_jax.features.settings import ExtractionSettings, ExtractionSummary
 from xlvlm_jax.features.writer import FeaturesWriter
 from xlvlm_jax.storage.pictures import name_in
-from xlvlm_jax.storage.same_model import adapter_of, model_of
+from xlvlm_jax.storage.same_model import adapter_of, checkpoint_of
 
 Progress = Callable[[int, int, int], None]
 
@@ -302,7 +302,8 @@ def _complete(run: _Run, writer: FeaturesWriter) -> None:
 
 def _described(vlm: VLM, settings: ExtractionSettings) -> dict[str, Any]:
     """Describes the model, so that a run is only resumed with the same one, by its fingerprint."""
-    described: dict[str, Any] = dict(model_of(vlm))
+    # Without an adapter, manifests name none, so that runs of earlier releases are resumed.
+    described: dict[str, Any] = dict(checkpoint_of(vlm))
     if settings.mode == "generate" and vlm.logits_options:
         described["generation_config"] = vlm.logits_options
     if vlm.adapter is not None:

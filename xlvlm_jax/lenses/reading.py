@@ -32,7 +32,7 @@ class LensReading(NamedTuple):
     """The most likely next tokens according to the states of each layer and position.
 
     Attributes:
-        sites: L sites, in the order of the model.
+        sites: L sites, in the order they were given in.
         tokens: int32[L, ..., k], ids, most likely first.
         probabilities: float32[L, ..., k] of these.
         entropy: float32[L, ...], of all tokens' probabilities, in nats.

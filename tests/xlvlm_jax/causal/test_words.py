@@ -73,3 +73,8 @@ def test_words_of_others_are_compared_with(monkeypatch):
     monkeypatch.setattr(words_module, "MOST_OTHERS", 1)
     few = causal.vocabulary_of([["dog"]], Letters(), 7, others=[["cat", "do", "pup"]])
     assert few.words == ["dog", "cat"]
+    # Which others count does not depend on the concepts that are asked for.
+    monkeypatch.setattr(words_module, "MOST_OTHERS", 2)
+    every = [["cat"], ["dog"], ["pup"]]
+    counted = [set(causal.vocabulary_of([own], Letters(), 7, others=every).words) for own in every]
+    assert counted == [{"cat", "dog"}, {"cat", "dog"}, {"cat", "dog", "pup"}]

@@ -55,6 +55,16 @@ def test_models_are_loaded_as_they_were_for_the_features(command, given, made, x
     assert (status, f"asked for {given or 'bfloat16'}" in errors) == (2, True), errors
 
 
+def test_maps_of_pictures_need_no_features(made, xlvlm, monkeypatch):
+    def load_model(_, dtype, **__):
+        raise ValueError(f"asked for {dtype}")
+
+    monkeypatch.setattr(sys.modules["xlvlm_jax.cli.map"], "load_model", load_model)
+    (made / "f" / "manifest.json").write_text("{")
+    _, _, errors = xlvlm(*COMMANDS["map"].format(made).split())
+    assert "asked for float32" in errors
+
+
 def test_features_that_do_not_name_it(tmp_path):
     unnamed = Features.open(write(tmp_path / "old", {}))
     named = Features.open(write(tmp_path / "new", {"model dtype": "float16"}))

@@ -131,6 +131,14 @@ def test_a_data_set_from_elsewhere_is_not_replaced(tmp_path, content):
     assert list(tmp_path.iterdir()) == [index]
 
 
+def test_vqav2_as_it_is_distributed_is_not_replaced(tmp_path):
+    questions = tmp_path / "v2_OpenEnded_mscoco_train2014_questions.json"
+    questions.write_text("{}")
+    with pytest.raises(FileExistsError, match=r"another data set \(v2_Open.*overwrite=True"):
+        scenes.write(tmp_path, train=1)
+    assert questions.read_text() == "{}" and list(tmp_path.iterdir()) == [questions]
+
+
 def test_a_file_in_the_way_is_named(tmp_path):
     (tmp_path / "taken").write_text("not a directory")
     with pytest.raises(OSError, match=r"cannot write scenes to .*taken: Not a directory"):

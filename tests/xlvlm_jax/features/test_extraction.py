@@ -152,6 +152,7 @@ def test_the_words_of_a_class_are_found_whole(vlm, samples, tmp_path):
     extract(vlm, samples, tmp_path / "features", settings)
     features = Features.open(tmp_path / "features")
     assert features.manifest["selection"]["match"] == "word"
+    assert "adapter" not in features.manifest  # as in manifests of earlier releases: they resume
     colour = word_pattern([form for word in COLOURS for form in (word, word.capitalize())])
     found = [colour.search(sample["prediction"]) for sample in features.samples]
     assert features.sample_rows.tolist() == [i for i, word in enumerate(found) if word]

@@ -1,5 +1,7 @@
 """Rows that stay on disk: the same result as in memory, tile by tile."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -244,6 +246,14 @@ def test_the_largest_scores_are_those_of_one_sort():
     none = tiles.Largest(0)
     none.add(0, scores)
     assert len(none.numbers) == 0
+
+
+def test_rows_whose_squares_exceed_float32_are_left_as_they_are():
+    X = np.full((4, 2), 1e19, np.float32)
+    small = columns.Compressed(jnp.eye(2), X, X[:, 0], 0.0, jnp.zeros(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert columns.turn_to_axes(small) is small
 
 
 def test_rows_are_turned_to_their_axes_in_place():

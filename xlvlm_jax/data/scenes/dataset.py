@@ -137,8 +137,17 @@ def _refuse_other(index: Path, drawn: dict[str, Any]) -> None:
     """Refuses to replace an index of anything but the scenes of these arguments."""
     try:
         found = json.loads(index.read_text("utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    except NotADirectoryError:
         return
+    except FileNotFoundError:
+        # VQAv2 as it is distributed has no such index, but its own questions and annotations.
+        there = [name for name in INDEX_FILES if (index.parent / name).exists()]
+        if not there:
+            return
+        raise FileExistsError(
+            f"{index.parent} has another data set ({there[0]}); write to another directory, or "
+            "pass overwrite=True"
+        ) from None
     except ValueError:  # cut off or of something else
         found = None
     if not isinstance(found, dict) or found.get("scenes") != drawn:

@@ -29,7 +29,7 @@ _directions_of_sample = jax.jit(directions_of_sample, static_argnames="width")
 class Compressed(NamedTuple):
     """A source minus an origin, like `compression.Compressed`, and its rows' energy."""
 
-    basis: Float[Array, "D R"]  # orthonormal, in no order: the solver on X rotates it to its axes
+    basis: Float[Array, "D R"]  # orthonormal, in no order before `turn_to_axes`
     X: Float[np.ndarray, "N R"]
     energy: Float[np.ndarray, " N"]  # |z_n - origin|^2
     outside: float  # sum of squares outside the span of the basis
@@ -126,8 +126,11 @@ def turn_to_axes(small: Compressed) -> Compressed:
         return (X[first : first + TURNED] for first in range(0, len(X), TURNED))
 
     overlaps = np.zeros((X.shape[1],) * 2)
-    for rows in blocks():
-        overlaps += rows.T @ rows
+    with np.errstate(over="ignore", invalid="ignore"):
+        for rows in blocks():
+            overlaps += rows.T @ rows
+    if not np.isfinite(overlaps).all():  # the solver's objective tells of it
+        return small
     axes = np.linalg.eigh(overlaps)[1][:, ::-1].astype(np.float32)
     for rows in blocks():
         rows[:] = rows @ axes
