@@ -107,9 +107,10 @@ def test_a_feature_steers(concepts, tmp_path):
 
 
 def test_the_report_shows_them_all(run, concepts):
-    text = write_report(run).read_text()
+    text = write_report(run, num_concepts=K).read_text()
     assert text.count('<article class="card"') == K
     assert len(text) < 8e6
+    assert write_report(run).read_text().count('<article class="card"') == 500  # others in a table
 
 
 def test_what_a_layer_does(vlm, run, features):

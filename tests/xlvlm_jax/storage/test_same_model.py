@@ -42,13 +42,13 @@ class TestAdapter:
     def tuned(self, vlm):
         return vlm.with_adapter(embedded.ADAPTERS["color"])
 
-    def test_is_recorded(self, tuned, tmp_path):
+    def test_is_recorded(self, vlm, tuned, tmp_path):
         weights = (embedded.ADAPTERS["color"] / "adapter_model.safetensors").read_bytes()
         digest = hashlib.sha256(weights).hexdigest()[:16]
         told = {"adapter": "color", "adapter fingerprint": digest}
         assert model_of(tuned) == checkpoint_of(tuned) | told
         copied = shutil.copytree(embedded.ADAPTERS["color"], tmp_path / "color")
-        again = tuned.with_adapter(copied)
+        again = vlm.with_adapter(copied)
         assert adapter_of(again) == told
         shutil.copytree(embedded.ADAPTERS["mood"], copied, dirs_exist_ok=True)  # trained again
         assert adapter_of(again)["adapter fingerprint"] != digest
