@@ -30,7 +30,7 @@ class Generation(NamedTuple):
 
     Attributes:
         tokens: int32[B, M]; pad tokens after the end-of-sequence token.
-        states: site -> [B, M, D]; states[site][:, m] predicted tokens[:, m].
+        states: site -> [B, M, D]; `states[site][:, m]` predicted `tokens[:, m]`.
         prompt_states: site -> [B, T, D] of the prompt, if requested; else empty.
         finite: bool[B]; False if any logits were NaN or Inf, e.g. after a float16 overflow.
 

@@ -118,7 +118,7 @@ class Predictions(NamedTuple):
     """Answers to N samples under A conditions.
 
     Attributes:
-        answers: [A][N]; None for a sample without an answer.
+        answers: for each of A conditions N answers; None for a sample without one.
         errors: sample -> why its image could not be read or processed.
     """
 
