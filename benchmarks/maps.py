@@ -126,7 +126,7 @@ def score(maps: Mapping[Any, np.ndarray], test: Pictures, name: str) -> Scored:
             positive = (here[:, None] & cells).reshape(-1)
             known = np.array([each[name] is not None for each in test.attributes])
             among = (known[:, None] & cells).reshape(-1)
-            ranks = rankdata(values.reshape(-1)[among])
+            ranks = rankdata(np.float64(values.reshape(-1)[among]))
             which = rank_auc(ranks[:, None], positive[among])[0]
         auc = picture_auc(values[here], pixels[here], CELL - pixels[here]).mean()
         found.append((pointing, auc, which))
@@ -199,7 +199,7 @@ def of_dictionaries(
             concepts = decompose(some, count, method, key=jax.random.key(0), **options)
             of_states = (Z, tested.states[site], pairs.states[site])
             train, test, both = (codes(each, concepts) for each in of_states)
-            ranks = rankdata(train.reshape(-1, train.shape[-1]), axis=0)
+            ranks = rankdata(np.float64(train.reshape(-1, train.shape[-1])), axis=0)
             for name in ATTRIBUTES:
                 best = chosen(ranks, learnt, name)
                 add(site, name, f"concept, {method}", maps_of(best, test), maps_of(best, both))
@@ -209,7 +209,7 @@ def of_dictionaries(
         directions = rng.standard_normal((Z.shape[-1], count)).astype(np.float32)
         of_states = (Z, tested.states[site], pairs.states[site])
         train, test, both = ((each - some.mean(0)) @ directions for each in of_states)
-        ranks = rankdata(train.reshape(-1, count), axis=0)
+        ranks = rankdata(np.float64(train.reshape(-1, count)), axis=0)
         lengths, of_pairs = (np.linalg.norm(each, axis=-1) for each in of_states[1:])
         for name in ATTRIBUTES:
             best = chosen(ranks, learnt, name)

@@ -84,7 +84,7 @@ hypothesis.settings.load_profile("untimed")
 
 # The helpers of tests/ports make checkpoints with PyTorch.
 _USES_TORCH = re.compile(
-    r"^(import|from) (torch|peft)\b|^from \.\S* import .*helpers|"
+    r"^(import|from) (torch|peft)\b|^from \.\S* import .*(helpers|\btest_)|"
     r"^from \.\S*(_helpers|test_models|test_vlm) import",
     re.M,
 )

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -154,7 +155,8 @@ def test_records_of_the_reference_describe_their_fields():
         record = getattr(importlib.import_module(home), name, None)  # None for a module
         fields = (*getattr(record, "_fields", ()), *getattr(record, "__dataclass_fields__", ()))
         own = vars(record).get("__annotations__", {}) if fields else {}
-        described = re.findall(r"^ {8}([\w, ]+):", record.__doc__ or "", re.MULTILINE)
+        text = inspect.cleandoc(record.__doc__ or "")  # as Python 3.13 and later keep it
+        described = re.findall(r"^ {4}([\w, ]+):", text, re.MULTILINE)
         missing = {*fields} & {*own} - {*", ".join(described).split(", ")}
         undescribed += [f"{home}.{name}.{field}" for field in missing if field[0] != "_"]
         checked += len(own)

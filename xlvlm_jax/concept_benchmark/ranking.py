@@ -35,7 +35,7 @@ def rank(values: Float[np.ndarray, "E J"], higher: Sequence[bool]) -> Float[np.n
             f"values have shape {values.shape} for {len(higher)} measures; expected [E, J]"
         )
     losses = np.where(higher, -values, values)
-    return rankdata(np.where(np.isnan(losses), np.inf, losses), axis=0)
+    return rankdata(np.float64(np.where(np.isnan(losses), np.inf, losses)), axis=0)
 
 
 def agreement(scores: Float[np.ndarray, "S E"]) -> float:

@@ -88,7 +88,8 @@ def ranks(values: Float[np.ndarray, "n K"]) -> Float[np.ndarray, "n K"]:
     """Returns the rank of each value in its column, from 1; ties share their mean."""
     from scipy.stats import rankdata
 
-    return rankdata(values, axis=0)
+    # From 1.18 on, SciPy ranks float32 in float32, which has no ranks beyond 2^24.
+    return rankdata(np.asarray(values, np.float64), axis=0)
 
 
 class SparseRanks(NamedTuple):

@@ -57,6 +57,12 @@ def test_messages():
         localisation.rank_auc(values, np.ones(2, bool))
 
 
+def test_ranks_of_many_rows_are_told_apart():
+    """Float32 has no ranks beyond 2^24; SciPy 1.18 and later rank float32 in it."""
+    found = localisation.ranks(np.float32([[0.5], [0.25]]))
+    assert found.dtype == np.float64 and found.tolist() == [[2], [1]]
+
+
 @pytest.mark.parametrize("share", [0, 0.1, 0.6, 1])
 def test_ranks_of_sparse_columns_are_those_of_all_values(share):
     values = RNG.integers(-2, 4, (50, 7)) * (RNG.random((50, 7)) < share)
