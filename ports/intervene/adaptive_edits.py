@@ -79,10 +79,11 @@ def similarities(
         center: float[D], taken off both.
 
     Returns:
-        float[..., K]; 0 for a state or key at the center.
+        float[..., K], from -1 to 1; 0 for a state or key at the center.
     """
     left, right = (unit(jnp.asarray(x) - center) for x in (states, keys))
-    return jnp.matmul(left, right.T, precision="highest")
+    # Rounding leads a little beyond 1 and -1, the least threshold, which lets every state pass.
+    return jnp.clip(jnp.matmul(left, right.T, precision="highest"), -1, 1)
 
 
 def add_if_similar(

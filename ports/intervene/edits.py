@@ -25,6 +25,7 @@ Where = (
     | dict[str, Any]
 )
 
+MOST_INDEX = 2**31 - 1  # of a token: indices are int32
 # Kinds of positions; padding is never edited.
 PADDING, IMAGE, TEXT, LAST_PROMPT, GENERATED = -1, 0, 1, 2, 3
 _WHERE = {
@@ -319,8 +320,11 @@ def _positions(where: Any) -> tuple[np.ndarray, Any, Any, Any]:
     everything = np.ones(4, bool)
     if isinstance(where, Mapping) and set(where) == {"from"}:
         start = where["from"]
-        if not is_traced(start) and (np.ndim(start) or start != int(start) or start < 0):
-            raise ValueError(f"where is {where}; expected {{'from': i}} with a whole number i >= 0")
+        if not is_traced(start) and not _is_index(start):
+            raise ValueError(
+                f"where is {where}; expected {{'from': i}} with a whole number i from 0 to "
+                f"{MOST_INDEX}"
+            )
         return everything, start, None, None
     if isinstance(where, Mapping) and set(where) == {"at"}:
         at = where["at"]
@@ -331,10 +335,11 @@ def _positions(where: Any) -> tuple[np.ndarray, Any, Any, Any]:
                 or not at.size
                 or not np.issubdtype(at.dtype, np.integer)
                 or at.min() < 0
+                or at.max() > MOST_INDEX
             ):
                 raise ValueError(
-                    f"where is {where}; expected {{'at': indices}} with whole numbers >= 0, [P] or "
-                    "[B, P]"
+                    f"where is {where}; expected {{'at': indices}} with whole numbers from 0 to "
+                    f"{MOST_INDEX}, [P] or [B, P]"
                 )
         return everything, 0, None, jnp.atleast_1d(jnp.asarray(at, jnp.int32))
     if is_traced(where) or (not isinstance(where, str | Mapping) and np.ndim(where) in (1, 2)):
@@ -355,12 +360,20 @@ def _positions(where: Any) -> tuple[np.ndarray, Any, Any, Any]:
     return np.isin(np.arange(4), _WHERE[where]), 0, None, None
 
 
+def _is_index(value: Any) -> bool:
+    """Returns whether a value is a whole number that an int32 of at least zero can hold."""
+    array = np.asarray(value)
+    if array.ndim or not jnp.issubdtype(array.dtype, np.number) or np.iscomplexobj(array):
+        return False
+    return bool(0 <= array <= MOST_INDEX and array == np.floor(array))
+
+
 def _add(x: Array, vector: Array, alpha: Array, _: Any) -> Array:
     return x + alpha * vector
 
 
 def _add_relative(x: Array, vector: Array, alpha: Array, _: Any) -> Array:
-    return x + alpha * jnp.linalg.norm(x, axis=-1, keepdims=True) * unit(vector)
+    return x + alpha * _norm(x) * unit(vector)
 
 
 def _ablate(x: Array, vector: Array, alpha: Array, _: Any) -> Array:
@@ -369,7 +382,24 @@ def _ablate(x: Array, vector: Array, alpha: Array, _: Any) -> Array:
 
 
 def _replace(x: Array, vector: Array, alpha: Array, _: Any) -> Array:
-    return (1 - alpha) * x + alpha * vector
+    return _mixed(x, vector, alpha)
+
+
+def _mixed(x: Array, out: Array, alpha: Array) -> Array:
+    """Returns (1 - alpha) * x + alpha * out, in which what has the weight 0 leaves no NaN.
+
+    Of such a state, Inf or NaN counts as 0; the derivative with respect to alpha stays that of the
+    formula wherever both are finite.
+    """
+    x = jnp.where((alpha == 1) & ~jnp.isfinite(x), 0, x)
+    out = jnp.where((alpha == 0) & ~jnp.isfinite(out), 0, out)
+    return (1 - alpha) * x + alpha * out
+
+
+def _norm(x: Array) -> Array:
+    """Returns the norm of states [..., D] as [..., 1], with gradient zero at a state of zeros."""
+    square = jnp.sum(x**2, axis=-1, keepdims=True)
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 
 
 def unit(vector: Array) -> Array:
@@ -477,7 +507,8 @@ def replace(vector: Any, alpha: Any = 1.0, where: Any = "all") -> Edit:
 
     Args:
         vector: the new states, as for `add`.
-        alpha: the weight of the new states, a number or float[B]; 1 replaces the old ones entirely.
+        alpha: the weight of the new states, a number or float[B]; 1 replaces the old ones entirely,
+            also Inf and NaN.
         where: the positions to edit, as for `add`.
 
     Returns:
@@ -558,7 +589,7 @@ class _Function(NamedTuple):
         # If it does not broadcast, `Edit.__call__` raises, with the expected shape.
         sizes = zip(out.shape[::-1], x.shape[::-1], strict=False)
         fits = out.ndim <= x.ndim and all(size in (1, full) for size, full in sizes)
-        return (1 - alpha) * x + alpha * out if fits else out
+        return _mixed(x, out, alpha) if fits else out
 
     def _result(self, x: Array, places: Places | None) -> Array:
         """Calls the function; raises ValueError if it does not return an array."""

@@ -57,6 +57,16 @@ def test_similar_by_hand():
     np.testing.assert_allclose(changed(moved), [[[1, 21], [1, 24], [-2, 20]]])
 
 
+def test_rounding_leaves_no_cosine_beyond_one():
+    states = np.random.default_rng(0).normal(size=(200, 7)).astype(np.float32)
+    found = np.asarray(ports.intervene.adaptive_edits.similarities(states, -states, np.zeros(7)))
+    assert found.min() == -1 and found.max() <= 1
+    # The least threshold always adds, also to what is opposite to the key.
+    for state in states[:20]:
+        edit = ports.add_if_similar(np.ones(7), -state, -1.0)
+        np.testing.assert_array_equal(edit(state[None]), state[None] + 1)
+
+
 def test_against_numpy():
     rng = np.random.default_rng(0)
     states, keys, vectors = (rng.normal(size=s) for s in ((2, 5, 8), (4, 8), (4, 8)))

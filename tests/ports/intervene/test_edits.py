@@ -126,6 +126,35 @@ class TestAnyModule:
         np.testing.assert_allclose(jax.vmap(total)(jnp.arange(3.0)), [16, 25, 34])
         assert jax.grad(total)(0.5) == 9  # three positions, 1 + 2 each
 
+    @pytest.mark.parametrize("where", ["all", {"at": [1]}])
+    def test_a_state_of_zeros_has_a_gradient(self, where):
+        """Its norm has no derivative, also where it is not edited."""
+
+        def total(x):
+            edits = {"twice": ports.add_relative(jnp.array([1.0, 0.0]), 0.5, where)}
+            return steer(Doubling().apply, edits)({}, x).sum()
+
+        moved = 0.5 * 2 * np.array([[1, 0], [0.6, 0.8], [0, 0]])
+        expected = 2 + (moved if where == "all" else moved * [[0], [1], [0]])
+        np.testing.assert_allclose(jax.grad(total)(self.X)[0], expected, rtol=1e-6)
+
+    @pytest.mark.parametrize("make", [ports.replace, lambda v, a: ports.edit_with(lambda x: v, a)])
+    def test_what_has_no_weight_leaves_no_nan(self, make):
+        given = jnp.array([5.0, 7.0])
+        broken = jnp.array([[[jnp.inf, 0.0], [jnp.nan, 4.0]]])
+        whole = steer(Twice().apply, {"": make(given, 1.0)})({}, broken)
+        np.testing.assert_array_equal(whole, [[[5, 7], [5, 7]]])
+        half = np.asarray(make(given, 0.5)(broken))
+        assert (np.isfinite(half) == [[[False, True], [False, True]]]).all()
+        # The derivative by the strength is that of the mixture, also at its ends.
+        for alpha in (0.0, 0.3, 1.0):
+            slope = jax.grad(lambda a: make(given, a)(self.X).sum())(alpha)
+            np.testing.assert_allclose(slope, float((given - self.X).sum()), rtol=1e-6)
+
+    def test_a_function_that_fails_does_nothing_with_strength_zero(self):
+        edit = ports.edit_with(lambda x: x / 0, 0.0)
+        np.testing.assert_array_equal(edit(self.X), self.X)
+
 
 def test_padding_is_never_edited():
     places = Places(jnp.array([[PADDING, TEXT]]), jnp.array([[-1, 0]]), jnp.arange(2)[None])
@@ -479,8 +508,13 @@ class TestMessages:
             ports.ablate(VECTOR, np.array([1.0, np.inf]))
         with helpers.raises_line(ValueError, "vector has entries that are not finite"):
             ports.add(VECTOR * np.nan)
-        with helpers.raises_line(ValueError, "{'from': -1}", "i >= 0"):
+        with helpers.raises_line(ValueError, "{'from': -1}", "i from 0 to 2147483647"):
             ports.add(VECTOR, where={"from": -1})
+        for start in (None, np.inf, np.nan, "x", 0.5, 2**31, 10**30, [0], 1j):
+            with helpers.raises_line(ValueError, "where is {'from':", "a whole number i from 0"):
+                ports.add(VECTOR, where={"from": start})
+        for start in (3, 3.0, np.int64(3), np.float32(3), jnp.int32(3)):
+            assert ports.add(VECTOR, where={"from": start}).start == 3
         with helpers.raises_line(ValueError, "(60,)", "[2, D]"):
             ports.stacked(["a", "b"], VECTOR)
 
@@ -510,7 +544,8 @@ class TestMessages:
         [
             (np.array([1, 2]), ("an array of int64", "{'at': indices}")),
             (np.array([[0, 2]]), ("an array of int64", "bool[B, T]")),
-            ({"at": -1}, ("{'at': -1}", ">= 0")),
+            ({"at": -1}, ("{'at': -1}", "from 0 to 2147483647")),
+            ({"at": [2**31]}, ("{'at': [2147483648]}", "from 0 to 2147483647")),
             ({"at": [0.5]}, ("{'at': [0.5]}", "whole numbers")),
             ({"at": [0, 1, 2]}, ("3 positions for 2 states", "one state per position")),
         ],
