@@ -21,6 +21,8 @@ Number = Array | float
 class Sampling(NamedTuple):
     """How tokens are drawn. None turns a filter off; greedy decoding has no `Sampling`.
 
+    Each value is a single number for all rows of a batch (`jax.vmap` gives each row its own).
+
     Values have the ranges of transformers' `GenerationConfig`: a temperature above 0, top_k of at
     least 0 (off), all others from 0 to 1. Of equal logits at its edge, top_p keeps as many as in
     transformers, which leaves to PyTorch's sort which ones; here they have the highest ids.
@@ -54,18 +56,21 @@ class Sampling(NamedTuple):
 
 
 def check_values(sampling: Sampling) -> None:
-    """Checks the values of the temperature and the filters, except traced ones.
+    """Checks the temperature and the filters; of traced ones only that they are single numbers.
 
     Raises:
-        ValueError: a value is outside its range.
+        ValueError: a value is outside its range, or is not a single number.
     """
     given = sampling._asdict()
     for name in Sampling._fields[1:]:
         value = given[name]
+        if np.ndim(value):
+            raise ValueError(
+                f"sampling: {name} has shape {np.shape(value)}; expected one number for all rows"
+            )
         if is_traced(value) or (value is None and name != "temperature"):
             continue
-        for each in np.ravel(np.asarray(value)).tolist():
-            generation_config.check_sampling(name, each)
+        generation_config.check_sampling(name, np.asarray(value).item())
 
 
 def without_idle(sampling: Sampling) -> Sampling:
@@ -85,10 +90,7 @@ def without_idle(sampling: Sampling) -> Sampling:
         for name in Sampling._fields[2:]
         if given[name] is not None
         and not is_traced(given[name])
-        and all(
-            generation_config.is_idle(name, each)
-            for each in np.ravel(np.asarray(given[name])).tolist()
-        )
+        and generation_config.is_idle(name, np.asarray(given[name]).item())
     )
     return sampling._replace(**dict.fromkeys(idle))
 
@@ -105,7 +107,8 @@ def draw(logits: Array, sampling: Sampling, step: Array) -> Array:
         Token ids, int32[B].
 
     Raises:
-        ValueError: a value of `sampling` is outside its range (of traced ones this is not known).
+        ValueError: a value of `sampling` is outside its range (of traced ones this is not known),
+            or is not a single number.
     """
     key = jax.random.fold_in(sampling.key, step)
     return jax.random.categorical(key, keep_likely(logits, sampling))

@@ -142,6 +142,14 @@ def test_half_of_the_mass_of_equal_logits_is_half_of_them():
         ({"top_k": 2.5}, "top_k is 2.5; expected a whole number, at least 0"),
         ({"top_p": 1.5}, "top_p is 1.5; expected a number from 0 to 1"),
         ({"min_p": np.float64(2)}, "min_p is 2.0; expected a number from 0 to 1"),
+        (
+            {"temperature": jnp.ones(4)},
+            "temperature has shape (4,); expected one number for all rows",
+        ),
+        (
+            {"top_p": np.full((1, 1), 0.5)},
+            "top_p has shape (1, 1); expected one number for all rows",
+        ),
         ({"typical_p": float("nan")}, "typical_p is nan; expected a number from 0 to 1"),
     ],
     ids=str,
