@@ -60,6 +60,21 @@ def refuse_config(values: Mapping[str, Any], file: Path) -> None:
             )
 
 
+def without_quantisation(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values of config.json for weights that are stored as they are.
+
+    Args:
+        values: the values of config.json, such as of an fp8 checkpoint.
+    """
+    parts = {
+        key: {name: value for name, value in part.items() if name not in _KEYS}
+        if isinstance(part, dict)
+        else part
+        for key, part in values.items()
+    }
+    return {key: part for key, part in parts.items() if key not in _KEYS}
+
+
 def _method(entry: Any) -> str:
     """Returns the method's name, with its number of bits or its format if given."""
     if not isinstance(entry, dict):

@@ -49,5 +49,6 @@ def _write(vlm: Any, output: Path) -> None:
 def _copy_descriptions(source: Path, target: Path) -> None:
     left_out = {file for pattern in _NOT_COPIED for file in source.glob(pattern)}
     for file in {file for pattern in _COPIED for file in source.glob(pattern)} - left_out:
-        # Files in the Hub's cache are links: copy what they point to.
-        shutil.copyfile(file, target / file.name)
+        if file.is_file():
+            # Files in the Hub's cache are links: copy what they point to.
+            shutil.copyfile(file, target / file.name)

@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from ports import VLM, checkpoint
-from ports.checkpoint import peft_io
+from ports.checkpoint import peft_io, quantised
 from ports.intervene import lora
 from xlvlm_jax.data import files
 from xlvlm_jax.data.sample import Sample
@@ -86,7 +86,7 @@ def finetune(
         settings: how to train.
         evaluation: samples to compute the loss on before, during and after training.
         evaluate_every: steps between evaluations; None for only before and after.
-        save_every: steps between saved states.
+        save_every: steps between saved states, rounded up to a multiple of `log_every`.
         log_every: steps between records of the mean loss, gradient norm and learning rate.
         base_model: the base model that the adapter names; None for the checkpoint's directory.
         source: where the samples come from, in any form; recorded.
@@ -140,14 +140,15 @@ def finetune(
     }
     # In the form in which they are read back from the file.
     arguments = json.loads(json.dumps(arguments))
+    work = output.with_name(output.name + ".training")
     if output.exists():
         log = _finished_log(output, arguments)
+        shutil.rmtree(work, ignore_errors=True)  # of a run that was killed at its very end
         return _summary(log, time.perf_counter() - began)
     if settings.method == "lora":
         initial_adapter(vlm, settings)  # raises before anything is written
     numbers = evaluate_every, save_every, log_every
     run = _Run(vlm, samples, settings, evaluation, *numbers, strict, progress)
-    work = output.with_name(output.name + ".training")
     _begin(work, arguments)
     trainer, state, log = _train(run, work)
     part = output.with_name(f".{output.name}.tmp")
@@ -390,9 +391,12 @@ def _write_checkpoint(directory: Path, vlm: VLM, params: dict) -> None:
     directory.mkdir(parents=True)
     for pattern in _COMPANIONS:
         for file in vlm.directory.glob(pattern):
-            shutil.copyfile(file, directory / file.name)
+            if file.is_file():
+                shutil.copyfile(file, directory / file.name)
     config = json.loads((directory / "config.json").read_text())
     name = vlm.dtype.name
+    # The weights are written as they were trained, whatever those of the original were packed in.
+    config = quantised.without_quantisation(config)
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in {"dtype", "torch_dtype"} & set(part):
             part[key] = name

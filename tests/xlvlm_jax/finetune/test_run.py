@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -16,7 +17,7 @@ import torch
 
 import ports
 from xlvlm_jax.data import scenes
-from xlvlm_jax.finetune import FinetuneSettings, finetune
+from xlvlm_jax.finetune import FinetuneSettings, finetune, run
 from xlvlm_jax.finetune.training import Trainer
 
 from ...ports import helpers
@@ -193,6 +194,34 @@ def test_other_pictures_or_answers_are_another_run(vlm, samples, trained, tmp_pa
     for name in ("save_every", "log_every", "evaluate_every"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1 step, got 0"):
             finetune(vlm, samples, tmp_path / "new", SETTINGS, **{name: 0})
+
+
+def test_the_state_of_a_run_that_was_killed_at_its_end_is_removed(vlm, samples, trained, tmp_path):
+    output = tmp_path / "adapter"
+    shutil.copytree(trained, output)
+    left = tmp_path / "adapter.training"
+    (left / "states" / "4").mkdir(parents=True)
+    finetune(vlm, samples, output, SETTINGS, evaluation=samples[:3], **OPTIONS)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+@pytest.mark.parametrize("part", ["whole", "text_config"])
+def test_a_written_checkpoint_is_not_quantised(pair, tmp_path, key, part):
+    """Its weights are written in the model's dtype, whatever those of the original were."""
+    copied = tmp_path / "fp8"
+    shutil.copytree(pair.directory, copied)
+    config = json.loads((copied / "config.json").read_text())
+    (config if part == "whole" else config[part])[key] = {"quant_method": "fp8"}
+    (copied / "config.json").write_text(json.dumps(config))
+    (copied / "tokenizer.old").mkdir()  # fits a pattern of files to copy
+    vlm = copy.copy(pair.vlm)
+    vlm.directory = copied
+    run._write_checkpoint(tmp_path / "full", vlm, vlm.params)
+    assert key not in (tmp_path / "full" / "config.json").read_text()
+    again = ports.load(tmp_path / "full")
+    for a, b in zip(jax.tree.leaves(vlm.params), jax.tree.leaves(again.params), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_messages(pair, vlm, samples, trained, tmp_path):
