@@ -16,6 +16,7 @@ from xlvlm_jax.features.samples import columns, name_of, unplaced_pairs
 
 # Fields besides the ID that identify a sample; if both directories have them, they must agree.
 _NAMING = ("image_id", "prompt")
+Name = str | tuple[str, int]  # of a sample: its ID, and its number among those with this ID
 
 
 class Pairs(NamedTuple):
@@ -38,7 +39,8 @@ def match_samples(original: Features, finetuned: Features) -> Pairs:
     Runs on the host and cannot be traced.
 
     If a sample has several rows, its n-th row in one directory is paired with its n-th row in the
-    other.
+    other. If several samples have one ID, the n-th of them in one directory belongs to the n-th in
+    the other.
 
     Args:
         original, finetuned: features of the same data under both models.
@@ -109,10 +111,19 @@ def _differ(a: Mapping[str, Any], b: Mapping[str, Any], key: str) -> bool:
     return None not in (a.get(key), b.get(key)) and a[key] != b[key]
 
 
-def _numbers(features: Features) -> dict[str, int]:
-    """Returns {sample ID: sample number}; of several samples with one ID, the last."""
+def _numbers(features: Features) -> dict[Name, int]:
+    """Returns {sample ID: sample number}; after the first with an ID, {(sample ID, n): number}."""
     (ids,) = columns(features.samples, "id")
-    return {name_of(number, given): number for number, given in enumerate(ids)}
+    numbers: dict[Name, int] = {}
+    times: dict[str, int] = {}
+    for number, given in enumerate(ids):
+        name = name_of(number, given)
+        if name in numbers:
+            times[name] = times.get(name, 0) + 1
+            numbers[name, times[name]] = number
+        else:
+            numbers[name] = number
+    return numbers
 
 
 def _nth(features: Features) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -204,13 +215,14 @@ def _short(value: Any) -> str:
 
 
 def _check_samples(
-    names: list[str], both: Int[np.ndarray, "2 S"], original: Features, finetuned: Features
+    names: list[Name], both: Int[np.ndarray, "2 S"], original: Features, finetuned: Features
 ) -> None:
     """Checks that samples agree; raises a ValueError for the first that differs."""
     for key in _NAMING:
         (of_a,), (of_b,) = (columns(each.samples, key) for each in (original, finetuned))
         for name, i, j in zip(names, *both.tolist(), strict=True):
             if None not in (of_a[i], of_b[j]) and of_a[i] != of_b[j]:
+                name = name if isinstance(name, str) else name[0]
                 raise ValueError(
                     f"sample {name!r} has {key} {of_a[i]!r} in {original.path} and {of_b[j]!r} in"
                     f" {finetuned.path}: features of different samples; extract both from the same"

@@ -113,6 +113,9 @@ def shift_features(
     # Only its head is read, and the command line has no option for an adapter of the original.
     learnt = "the concepts were learnt on the states of"
     require_model(concepts.source, vlm, learnt, other_adapter="warn")
+    if finetuned_vlm is not None:
+        theirs = "the fine-tuned model's states are those of"
+        require_model(model_at(finetuned.manifest, tuned_site), finetuned_vlm, theirs)
     if finetuned_concepts is None:
         if Z_a.shape[1] != Z_b.shape[1]:  # `analyse` raises, before a decomposition is wasted
             analyse(Z_a, Z_b, pairs, concepts, concepts)
@@ -167,9 +170,13 @@ def shift_features(
             "seed": seed,
         },
     )
-    analysis.save(output)
+    # Before the description, which says that all is there. Those of an analysis that is replaced
+    # are of other shifts.
+    (output / SAMPLE_SHIFTS).unlink(missing_ok=True)
     if store_samples:
+        output.mkdir(parents=True, exist_ok=True)
         _store_samples(output, Z_a, Z_b, pairs, assigned(concepts, Z_a, assign_by))
+    analysis.save(output)
     return analysis
 
 

@@ -26,6 +26,22 @@ def test_several_rows_of_a_sample_are_paired_in_their_order(write):
     assert (pairs.original.tolist(), pairs.finetuned.tolist()) == ([0, 1, 3], [0, 1, 3])
 
 
+def test_samples_with_one_id_are_paired_in_their_order(write):
+    samples = [{"id": "a", "prompt": p} for p in ("dog?", "cat?")] + [{"id": "b", "prompt": "?"}]
+    original = write("x", Z, samples=samples, rows=[0, 1, 2, 2])
+    other = [samples[2], *samples[:2]]
+    pairs = match_samples(original, write("y", Z, samples=other, rows=[0, 0, 1, 2]))
+    assert pairs.original.tolist() == [0, 1, 2, 3]
+    assert pairs.finetuned.tolist() == [2, 3, 0, 1]
+    assert pairs.num_samples == 3
+    twice = write("same", Z, samples=samples, rows=[0, 1, 2, 2])
+    assert match_samples(original, twice).finetuned.tolist() == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match=r"sample 'a' has prompt 'dog\?' in .* and 'cat\?' in"):
+        match_samples(
+            original, write("z", Z, samples=samples[1::-1] + samples[2:], rows=[0, 1, 2, 2])
+        )
+
+
 def test_swapping_the_directories_gives_the_same_pairs(write):
     random = np.random.default_rng(0)
     written = []

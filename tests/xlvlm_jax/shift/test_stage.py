@@ -70,6 +70,25 @@ def test_the_shift_of_each_sample_is_stored(write, states, concepts, head, root)
         np.testing.assert_allclose(own.mean(axis=0), found.shifts[k], atol=1e-5)
 
 
+def test_shifts_of_samples_are_those_of_the_analysis_beside_them(
+    write, states, concepts, concepts_of, head, root, monkeypatch
+):
+    features = [write(name, Z) for name, Z in zip(("a", "b"), states, strict=True)]
+    given = {**OPTIONS, "finetuned_concepts": concepts_of(states[1])}
+    stored = root / "shift" / "sample-shifts.safetensors"
+    save, seen = ShiftAnalysis.save, []
+
+    def watched(self, directory):
+        seen.append(stored.exists())
+        save(self, directory)
+
+    monkeypatch.setattr(ShiftAnalysis, "save", watched)
+    for wanted in (True, False):
+        shift_features(*features, concepts, head, root / "shift", store_samples=wanted, **given)
+        assert stored.exists() == wanted
+    assert seen == [True, False]  # the description comes last
+
+
 def test_shifts_of_short_floats_are_not_rounded_again(root, monkeypatch):
     """256 - 1.0078125 has more digits than bfloat16; a block holds two of three pairs."""
     before, after = (np.full((3, 2), x, "f4").astype(ml_dtypes.bfloat16) for x in (1.0078125, 256))
@@ -229,6 +248,21 @@ def test_concepts_of_another_model_are_refused(vlm, write, states, concepts, roo
     other = dataclasses.replace(concepts, source={"fingerprint": "0", "model": "other"})
     with pytest.raises(ValueError, match=r"states of 'other' \(0\); .* is another model"):
         shift_features(*features, other, vlm, root / "no")
+
+
+def test_another_fine_tuned_model_than_that_of_the_states_is_refused(
+    vlm, write, states, concepts, head, root
+):
+    models = {"x": "base", "y": "tuned"}
+    features = [
+        write(name, Z, model=models[name], fingerprint=name)
+        for name, Z in zip(models, states, strict=True)
+    ]
+    width = vlm.config.get_text_config()
+    head.config = SimpleNamespace(get_text_config=lambda: width)
+    with pytest.raises(ValueError, match=r"states are those of 'tuned' \(y\); .* is another model"):
+        shift_features(*features, concepts, head, root / "no", finetuned_vlm=vlm)
+    assert not (root / "no").exists()
 
 
 @pytest.mark.parametrize(
