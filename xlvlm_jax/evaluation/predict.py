@@ -23,13 +23,13 @@ from ports.intervene.edits import Edit
 from xlvlm_jax.data.batches import Arrays, groups_by_picture, make_batch, read_ahead
 from xlvlm_jax.data.frames import to_pandas
 from xlvlm_jax.data.sample import Sample
+from xlvlm_jax.data.sweeps import sweep_in_runs
 from xlvlm_jax.steering.methods import Steering
 from xlvlm_jax.steering.sample_vectors import SampleVectors
 
 if TYPE_CHECKING:
     import pandas
 
-MOST_ROWS, CACHE_BYTES = 512, 4 * 2**30  # maximum rows and key-value cache of one run
 EDITS = ("add", "add_relative", "ablate", "replace")
 
 
@@ -293,31 +293,8 @@ def _run(
             yield from ((number, tokens) for number in numbers)
             continue
         variants = aligned([conditions[number].edits(vlm, inputs, ids) for number in numbers])
-        at_once = max_rows or rows_at_once(vlm, inputs, max_new_tokens)
-        runs = -(-len(numbers) * len(inputs["input_ids"]) // at_once)
-        size = -(-len(numbers) // runs)
-        for start in range(0, len(numbers), size):
-            chunk = variants[start : start + size]
-            # Padded, so that every run uses the same program.
-            chunk += chunk[:1] * (size - len(chunk))
-            result = vlm.sweep(inputs, chunk, max_new_tokens=max_new_tokens)
-            yield from zip(numbers[start : start + size], result.tokens, strict=False)
-
-
-def rows_at_once(vlm: VLM, inputs: dict[str, np.ndarray], max_new_tokens: int) -> int:
-    """Returns how many rows, conditions times batch, keep the cache within its bound.
-
-    Args:
-        vlm: the model.
-        inputs: the processor's arrays of a batch.
-        max_new_tokens: maximum number of tokens per answer.
-
-    Returns:
-        The number of rows, at least those of the batch.
-    """
-    rows, length = inputs["input_ids"].shape
-    row = vlm.cache_bytes(rows, length + max_new_tokens) // rows
-    return max(min(MOST_ROWS, CACHE_BYTES // row), rows)
+        answers = sweep_in_runs(vlm, inputs, variants, max_new_tokens, max_rows)
+        yield from zip(numbers, answers, strict=True)
 
 
 def aligned(

@@ -7,7 +7,7 @@ from ports import VLM
 from ports.programs import program_bytes
 from xlvlm_jax.data.batches import make_batch
 from xlvlm_jax.data.sample import Sample
-from xlvlm_jax.evaluation.predict import rows_at_once
+from xlvlm_jax.data.sweeps import rows_at_once
 
 
 class EvaluationNeeds(NamedTuple):

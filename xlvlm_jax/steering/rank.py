@@ -32,6 +32,7 @@ import numpy as np
 
 from ports import VLM
 from xlvlm_jax.data.sample import Sample
+from xlvlm_jax.data.sweeps import sweep_in_runs
 from xlvlm_jax.metrics.vqa import normalise_answer
 from xlvlm_jax.steering import teacher_forcing
 from xlvlm_jax.steering.teacher_forcing import Progress
@@ -175,12 +176,14 @@ def rank_vectors(
     Runs on the host and cannot be traced.
 
     Vectors that share their samples run together as a sweep: images are encoded, and the layers
-    before the site computed, once for all of them.
+    before the site computed, once for all of them, or for as many as the key-value cache has room
+    for.
 
     Args:
         vlm: the model.
         vectors: vectors for one site; a fine vector (`fit_fine`) is tried on the samples that its
-            `source["samples"]` names, any other vector on all.
+            `source["samples"]` lists, any other vector on all. Without samples in the list, no
+            answer moves.
         samples: images and prompts.
         alpha: the strength.
         num_targets: m, see the top of this file.
@@ -206,15 +209,18 @@ def rank_vectors(
     by_id = {sample.id: sample for sample in samples}
     groups: dict[tuple[str, ...], list[int]] = {}
     for number, vector in enumerate(vectors):
-        named = vector.source.get("samples") or by_id
+        named = vector.source.get("samples")
+        if not isinstance(named, list | tuple):  # other methods record their number
+            named = by_id
         ids = tuple(name for name in named if name in by_id)[:num_samples]
-        if not ids:
+        if not ids and len(named):
             raise ValueError(
                 f"none of the {len(named)} samples of a vector is among the {len(samples)} given "
                 "ones; give the samples that it was fitted on"
             )
         groups.setdefault(ids, []).append(number)
-    shifts: dict[int, AnswerShift] = {}
+    unmoved = AnswerShift(0.0, 0.0, 0.0, {}, {}, 0)
+    shifts = dict.fromkeys(groups.pop((), []), unmoved)
     for ids, numbers in groups.items():
         chosen = [by_id[name] for name in ids]
         # The first variant is the unsteered model.
@@ -295,9 +301,9 @@ def _sweep(
     for index, batch in teacher_forcing.batches(
         vlm, samples, None, batch_size, strict=strict, errors=errors
     ):
-        result = vlm.sweep(batch.inputs[0], variants, max_new_tokens=max_new_tokens)
-        for found, tokens in zip(answers, np.asarray(result.tokens), strict=True):
-            texts = vlm.decode(tokens[: len(index)])
+        swept = sweep_in_runs(vlm, batch.inputs[0], variants, max_new_tokens)
+        for found, tokens in zip(answers, swept, strict=True):
+            texts = vlm.decode(np.asarray(tokens)[: len(index)])
             found.extend(text.strip() for text in texts)
     teacher_forcing.require_some(answers[0], samples, errors)
     return answers

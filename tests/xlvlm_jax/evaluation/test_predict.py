@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import importlib
 from pathlib import Path
 
 import jax
@@ -11,6 +10,7 @@ import pytest
 
 from ports import ablate, add, checkpoint
 from xlvlm_jax import SteeringVector, evaluation
+from xlvlm_jax.data import sweeps
 from xlvlm_jax.data.images import read_image
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.evaluation import PLAIN, Condition
@@ -92,14 +92,13 @@ def test_questions_about_one_picture_share_its_encoding(vlm, asked, predictions,
 def test_no_more_rows_at_once_than_fit_into_the_cache(
     vlm, asked, conditions, predictions, monkeypatch
 ):
-    module = importlib.import_module("xlvlm_jax.evaluation.predict")
     inputs = vlm.process([vlm.render("how many?")] * 2, [read_image(asked[0].image)] * 2)
     config, slots = vlm.sizes.text, inputs["input_ids"].shape[1] + 3
     row = 4 * 2 * config.num_layers * config.num_kv_heads * config.head_dim * slots
-    for room, rows in ((9 * row, 9), (row // 2, 2), (10**12, module.MOST_ROWS)):
-        monkeypatch.setattr(module, "CACHE_BYTES", room)
-        assert module.rows_at_once(vlm, inputs, 3) == rows
-    monkeypatch.setattr(module, "CACHE_BYTES", 1)
+    for room, rows in ((9 * row, 9), (row // 2, 2), (10**12, sweeps.MOST_ROWS)):
+        monkeypatch.setattr(sweeps, "CACHE_BYTES", room)
+        assert sweeps.rows_at_once(vlm, inputs, 3) == rows
+    monkeypatch.setattr(sweeps, "CACHE_BYTES", 1)
     assert evaluation.predict(vlm, asked, conditions, **OPTIONS).answers == predictions.answers
 
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xlvlm_jax import SteeringVector, steering
+from xlvlm_jax.data import sweeps
 from xlvlm_jax.data.images import read_image
 
 SITE = "language_model.model.layers.6"
@@ -125,6 +126,37 @@ class TestVectors:
         assert (ranked.shift.samples, ranked.shift.strength) == (2, 0)
         with pytest.raises(ValueError, match=f"sample {questions[0].id}: .* refuses it"):
             steering.rank_vectors(vlm, [vector], odd, strict=True)
+
+    def test_samples_that_are_a_number_or_none_at_all(self, vlm, questions):
+        """Learnt vectors record how many samples they saw, concepts may have none."""
+        zero = np.zeros(192, np.float32)
+        vectors = [SteeringVector(zero, SITE, {"samples": n}) for n in (128, [])]
+        ranked = steering.rank_vectors(
+            vlm, vectors, questions, batch_size=8, max_new_tokens=2, num_samples=6
+        )
+        assert [each.shift.samples for each in ranked] == [6, 0]
+        assert ranked[1].shift.score == 0 and ranked[1].shift.gained == {}
+
+    def test_no_more_variants_at_once_than_fit_into_the_cache(self, vlm, questions, monkeypatch):
+        """The plain variant runs once, and every run has as many variants."""
+        rng = np.random.default_rng(0)
+        vectors = [
+            SteeringVector(np.float32(20 * rng.normal(size=192)), SITE, {"to": i}) for i in range(4)
+        ]
+        options = {"batch_size": 6, "max_new_tokens": 2, "num_samples": 6}
+        swept, sweep = [], type(vlm).sweep
+
+        def counted(self, inputs, variants, **rest):
+            swept.append([float(next(iter(edits.values())).alpha) for edits in variants])
+            return sweep(self, inputs, variants, **rest)
+
+        monkeypatch.setattr(type(vlm), "sweep", counted)
+        whole = steering.rank_vectors(vlm, vectors, questions, **options)
+        monkeypatch.setattr(sweeps, "MOST_ROWS", 12)
+        parts = steering.rank_vectors(vlm, vectors, questions, **options)
+        assert swept == [[0, 1, 1, 1, 1], [0, 1], [1, 1], [1, 1]]
+        for one, other in zip(whole, parts, strict=True):
+            assert (one.vector is other.vector, one.shift) == (True, other.shift)
 
     def test_messages(self, vlm, questions):
         vector = SteeringVector(np.ones(192), SITE, {"samples": ["nobody"]})
