@@ -218,12 +218,13 @@ def best_threshold(values: Float[np.ndarray, " N"], wanted: Bool[np.ndarray, " N
     """Returns the threshold that separates two groups best.
 
     Args:
-        values: float[N].
+        values: float[N], cosines.
         wanted: bool[N], the group whose values are to be at least the threshold.
 
     Returns:
         The threshold, midway between two values, for which the mean of the two groups' shares on
-        the right side is largest; the smallest one if several are as good.
+        the right side is largest; the smallest one if several are as good. -1, which every cosine
+        passes, if none keeps more of the others out than it loses.
     """
     order = np.argsort(values, kind="stable")
     rises, is_wanted = values[order].astype(np.float64), wanted[order]
@@ -234,7 +235,7 @@ def best_threshold(values: Float[np.ndarray, " N"], wanted: Bool[np.ndarray, " N
     between = rises[1:] > rises[:-1]
     gains = np.where(between, (kept_out - lost)[:-1], -np.inf)
     if not between.any() or gains.max() <= 0:
-        return float(rises[0])  # nothing is kept out
+        return -1.0  # nothing is kept out
     best = int(np.argmax(gains))
     return float((rises[best] + rises[best + 1]) / 2)
 

@@ -78,7 +78,7 @@ def pca_vector(
         float32[D], see the head of this file.
 
     Raises:
-        ValueError: as `steering_vector`, or the two groups are equal.
+        ValueError: as `steering_vector`, or the two groups have the same mean.
 
     Zou et al. 2023 (arXiv 2310.01405), section 3.1; Liu et al. 2023 (arXiv 2311.06668) for pairs.
 
@@ -89,7 +89,7 @@ def pca_vector(
         >>> abs(steering.pca_vector(source, target)).round(3).tolist()
         [5.0, 0.0]
     """
-    delta = np.asarray(steering_vector(source, target))
+    delta = _apart(source, target)
     if pairs is None:
         centred = [
             (np.asarray(x, np.float32) - np.mean(x, axis=0, dtype=np.float64)) / len(x) ** 0.5
@@ -104,9 +104,10 @@ def lat_vector(
 ) -> Float[Array, " D"]:
     """Returns the vector of linear artificial tomography (LAT, representation reading).
 
-    Source and target states are paired at random, the smaller group more than once; every
-    difference gets a random sign; u is the first principal component of the differences (centred,
-    as in the authors' code).
+    Source and target states are paired at random, the smaller group more than once; a random half
+    of the differences gets the sign -1 (of an odd number, one less than the others); u is the first
+    principal component of the differences (centred, as in the authors' code), or the difference, if
+    there is one alone.
 
     Runs on the host and cannot be traced.
 
@@ -119,10 +120,11 @@ def lat_vector(
         float32[D], see the head of this file.
 
     Raises:
-        ValueError: as `steering_vector`, or the two groups are equal.
+        ValueError: as `steering_vector`, or the two groups have the same mean.
 
-    Zou et al. 2023, "Representation Engineering" (arXiv 2310.01405), section 3.1. There, the
-    differences are scaled to unit length in some experiments; here never.
+    Zou et al. 2023, "Representation Engineering" (arXiv 2310.01405), section 3.1. There, each sign
+    is drawn by itself: of few pairs all may have one, and centring then removes what they share.
+    The differences are scaled to unit length in some experiments there; here never.
 
     Examples:
         >>> import numpy as np
@@ -131,17 +133,17 @@ def lat_vector(
         >>> abs(steering.lat_vector(source, target)).round(0).tolist()
         [5.0, 0.0]
     """
-    delta = np.asarray(steering_vector(source, target))
+    delta = _apart(source, target)
     differences = random_differences(source, target, seed=seed)
-    if not differences.any():
-        raise ValueError("source and target states are equal; expected two groups that differ")
+    if len(differences) == 1:
+        return delta
     return along(delta, decompose(differences, 1, "pca", key=jax.random.key(seed)).components[0])
 
 
 def random_differences(
     source: Float[Array, "N D"], target: Float[Array, "M D"], *, seed: int = 0
 ) -> Float[np.ndarray, "P D"]:
-    """Returns the differences of randomly paired states, with random signs.
+    """Returns the differences of randomly paired states, a random half of them with the sign -1.
 
     Args:
         source: float[N, D].
@@ -154,7 +156,9 @@ def random_differences(
     rng = np.random.default_rng(seed)
     pairs = max(len(source), len(target))
     chosen = [np.resize(rng.permutation(len(x)), pairs) for x in (source, target)]
-    signs = rng.choice(np.array([-1, 1], np.float32), (pairs, 1))
+    # As many of each, or all but: otherwise their mean would have a part of the common difference,
+    # and centring would take it off.
+    signs = rng.permutation(np.resize(np.array([1, -1], np.float32), pairs))[:, None]
     return signs * (np.asarray(target)[chosen[1]] - np.asarray(source)[chosen[0]])
 
 
@@ -179,7 +183,8 @@ def probe_vector(
         float32[D], see the head of this file.
 
     Raises:
-        ValueError: as `steering_vector`, the penalty is not positive, or all states are equal.
+        ValueError: as `steering_vector`, the penalty is not positive, all states are equal, or the
+            two groups have the same mean.
 
     Alain and Bengio 2016 (arXiv 1610.01644) for probes; Li et al. 2023 (arXiv 2306.03341) for
     steering along their normals.
@@ -195,18 +200,40 @@ def probe_vector(
 
     if not penalty > 0:
         raise ValueError(f"penalty is {penalty}; expected a positive number")
-    delta = np.asarray(steering_vector(source, target))
+    delta = np.asarray(steering_vector(source, target), np.float32)
     states = np.concatenate([np.asarray(source), np.asarray(target)]).astype(np.float64)
     states -= states.mean(axis=0)
     scale = states.std()
     if not scale:
         raise ValueError("all states are equal; expected two groups that differ")
+    _require_apart(delta)
     is_target = np.arange(len(states)) >= len(source)
     probe = LogisticRegression(
         C=1 / penalty, class_weight="balanced", max_iter=10_000, tol=1e-6
     ).fit(states / scale, is_target)
     normal = probe.coef_[0]
-    return along(delta, (normal / np.linalg.norm(normal)).astype(np.float32))
+    length = np.linalg.norm(normal)
+    if not length:  # the penalty outweighs what tells them apart
+        raise ValueError(
+            f"the normal of the probe is zero with penalty {penalty}; lower it, or choose groups "
+            "that differ more"
+        )
+    return along(delta, (normal / length).astype(np.float32))
+
+
+def _apart(source: Float[Array, "N D"], target: Float[Array, "M D"]) -> Float[np.ndarray, " D"]:
+    """Returns the coarse vector; raises ValueError if it is zero."""
+    delta = np.asarray(steering_vector(source, target), np.float32)
+    _require_apart(delta)
+    return delta
+
+
+def _require_apart(delta: Float[np.ndarray, " D"]) -> None:
+    if not delta.any():
+        raise ValueError(
+            "source and target states are equal on average, so that no direction leads from one to "
+            "the other; expected two groups of states that differ"
+        )
 
 
 def along(delta: Float[Array, " D"], direction: Float[Array, " D"]) -> Float[Array, " D"]:

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import safetensors
 from markupsafe import Markup
@@ -27,15 +28,27 @@ def save(
         path: the file to write; a missing parent directory is created.
         kind: what the tensors are, such as "vector".
         tensors: written as float32.
-        specification: JSON values.
+        specification: JSON values; arrays in them are written as lists.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     source = pictures.store_features(specification.get("source") or {}, path.parent)
     specification = specification | {"source": source, "version": versions.VERSION}
-    metadata = {name: json.dumps(value) for name, value in specification.items()}
+    metadata = {name: json.dumps(value, default=_listed) for name, value in specification.items()}
     arrays = {name: np.asarray(value, np.float32) for name, value in tensors.items()}
     atomic.write(path, as_bytes(arrays, {"kind": kind, **metadata}))
+
+
+def _listed(value: Any) -> Any:
+    """Returns an array as a list, for JSON."""
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        return np.asarray(value).tolist()
+    raise TypeError(f"{value!r} of type {type(value).__name__} can't be stored as JSON")
+
+
+def plain(where: Any) -> Any:
+    """Returns token positions as they are read from a file: arrays as lists, which compare."""
+    return json.loads(json.dumps(where, default=_listed))
 
 
 def read(path: str | Path) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
@@ -129,16 +142,28 @@ def require_fitted_model(source: dict[str, Any], vlm: VLM) -> None:
     same_model.require_model(source, vlm, "the steering vector was fitted on", other_adapter="warn")
 
 
-def require_one_adapter(sources: Sequence[Mapping[str, Any]], doing: str) -> None:
-    """Checks that vectors were fitted with the same adapter; those that do not say pass.
+def common_model(sources: Sequence[Mapping[str, Any]], doing: str) -> dict[str, Any]:
+    """Returns the model that vectors were fitted on, with its adapter; those that don't say pass.
 
     Args:
         sources: the `source` of each.
         doing: what can't be done with others, for the message: "add".
 
+    Returns:
+        The entries of `same_model.model_of` in the first source that has a fingerprint; if none
+        has, those of the first source.
+
     Raises:
-        ValueError: two were fitted with different adapters, or one without.
+        ValueError: two were fitted on different models, or with different adapters, or one without.
     """
+    of_model = [source for source in sources if source.get("fingerprint") is not None]
+    for source in of_model[1:]:
+        ours, theirs = of_model[0]["fingerprint"], source["fingerprint"]
+        if ours != theirs:
+            raise ValueError(
+                f"cannot {doing} vectors of fingerprint {ours} and {theirs}; expected the same "
+                "fingerprint"
+            )
     known = [source for source in sources if same_model.ADAPTER in source]
     for source in known[1:]:
         if source[same_model.ADAPTER] != known[0][same_model.ADAPTER]:
@@ -147,6 +172,8 @@ def require_one_adapter(sources: Sequence[Mapping[str, Any]], doing: str) -> Non
                 f"cannot {doing} vectors of models with {first} and {other}; expected the same "
                 "adapter"
             )
+    told = [*of_model, *sources][0]
+    return {name: told[name] for name in same_model.MODEL if name in told}
 
 
 def as_html(fitted: Any, **told: Any) -> Markup:

@@ -138,6 +138,11 @@ def answer_states(
         begins = np.asarray(source_concepts.components)
         described["source concepts"] = len(begins)
     ends = others.matrix(target_site)[of_target]
+    if begins.shape == ends.shape and np.array_equal(begins, ends):
+        raise ValueError(
+            f"the {len(ends)} source and target states at {site!r} are the same, so that nothing "
+            "leads from one to the other; choose other answers, or features that differ"
+        )
     pairs = None
     if matched and source_concepts is None:
         pairs = _by_sample(others, of_target, ends) - _by_sample(features, of_source, begins)

@@ -28,7 +28,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Float
+from jaxtyping import Float, Int, Shaped
 
 from ports import VLM
 from ports.intervene.edits import Edit, add
@@ -99,9 +99,8 @@ class L2S:
         Returns:
             float32[B, D].
         """
-        hidden, width = self.params["shift"]["kernel"].shape
-        x = (jnp.asarray(contexts, jnp.float32) - self.mean) / self.deviation
-        return self.scale * ShiftNetwork(hidden, width).bind({"params": self.params})(x)
+        scale = jnp.float32(self.scale)
+        return _shift(self.params, self.mean, self.deviation, scale, jnp.asarray(contexts))
 
     def edits_for(
         self, vlm: VLM, inputs: Any, alpha: Any = 1.0, where: Any = None
@@ -121,7 +120,7 @@ class L2S:
             ValueError: it was fitted on another model.
         """
         files.require_fitted_model(self.source, vlm)
-        states = np.asarray(vlm.states(inputs, sites=[self.context_site])[self.context_site])
+        states = vlm.states(inputs, sites=[self.context_site])[self.context_site]
         shifts = self.shift(last_states(states, np.asarray(inputs["attention_mask"])))
         return {self.site: add(shifts, alpha, self.where if where is None else where)}
 
@@ -139,9 +138,10 @@ class L2S:
 
         Raises:
             FileNotFoundError: the file does not exist.
-            ValueError: the file holds something else.
+            ValueError: the file holds something else, or NaN.
         """
         tensors, rest = files.read_as(path, "l2s")
+        files.require_numbers(path, tensors)
         with files.assembling(path):
             mean, deviation = tensors.pop("mean"), tensors.pop("deviation")
             scale = float(tensors.pop("scale")[0])
@@ -149,8 +149,19 @@ class L2S:
             return cls(params, mean, deviation, scale, **rest)
 
 
-def last_states(states: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Returns the state of the last token in each row.
+@jax.jit
+def _shift(
+    params: dict, mean: Array, deviation: Array, scale: jax.Array, contexts: jax.Array
+) -> jax.Array:
+    hidden, width = params["shift"]["kernel"].shape
+    x = (contexts.astype(jnp.float32) - mean) / deviation
+    return scale * ShiftNetwork(hidden, width).bind({"params": params})(x)
+
+
+def last_states(
+    states: Float[Array, "B T D"], mask: Shaped[np.ndarray, "B T"]
+) -> Float[Array, "B D"]:
+    """Returns the state of the last token in each row, taken where the states are.
 
     Args:
         states: float[B, T, D].
@@ -160,11 +171,18 @@ def last_states(states: np.ndarray, mask: np.ndarray) -> np.ndarray:
         float[B, D].
     """
     last = mask.shape[1] - 1 - np.argmax(mask[:, ::-1] != 0, axis=1)
-    return states[np.arange(len(states)), last]
+    return _rows_at(states, last)
 
 
-def mean_of_last(states: np.ndarray, mask: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Returns the mean state of the last tokens in each row.
+@jax.jit
+def _rows_at(states: jax.Array, index: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(states, index[:, None, None], axis=1)[:, 0]
+
+
+def mean_of_last(
+    states: Float[Array, "B T D"], mask: Shaped[np.ndarray, "B T"], lengths: Int[np.ndarray, " B"]
+) -> Float[np.ndarray, "B D"]:
+    """Returns the mean state of the last tokens in each row, computed where the states are.
 
     Args:
         states: float[B, T, D].
@@ -172,11 +190,11 @@ def mean_of_last(states: np.ndarray, mask: np.ndarray, lengths: np.ndarray) -> n
         lengths: int[B], the number of tokens to average, at least one.
 
     Returns:
-        float[B, D].
+        float32[B, D].
     """
     behind = np.cumsum((mask != 0)[:, ::-1], axis=1)[:, ::-1]  # this token and those after it
     chosen = (mask != 0) & (behind <= lengths[:, None])
-    return np.stack([row[kept].mean(axis=0) for row, kept in zip(states, chosen, strict=True)])
+    return np.asarray(teacher_forcing.token_means(states, chosen))
 
 
 def last_token_states(
@@ -209,6 +227,7 @@ def last_token_states(
     Raises:
         ValueError: the numbers of samples and completions differ, a completion is empty, or no
             sample can be processed.
+        FloatingPointError: a state is not finite.
     """
     errors = {} if errors is None else errors
     found: dict[str, np.ndarray] = {}
@@ -220,8 +239,9 @@ def last_token_states(
         if states == "last":
             lengths = np.ones_like(lengths)
         for site, given in vlm.states(inputs, sites=sites).items():
-            given = np.asarray(given, np.float32)
-            last = mean_of_last(given, inputs["attention_mask"], lengths)[: len(index)]
+            mask = np.asarray(inputs["attention_mask"])
+            last = mean_of_last(given, mask, lengths)[: len(index)]
+            teacher_forcing.require_finite(site, last, [samples[int(i)] for i in index])
             if site not in found:
                 found[site] = np.full((len(samples), last.shape[1]), np.nan, np.float32)
             found[site][index] = last
@@ -264,6 +284,7 @@ def contrast_shifts(
     Raises:
         ValueError: the contrast or states are unknown or do not go together, a completion is
             empty, or the numbers of samples and counterparts differ.
+        FloatingPointError: a state is not finite.
     """
     if contrast not in CONTRASTS:
         raise ValueError(f"contrast is {contrast!r}; expected {' or '.join(CONTRASTS)}")
@@ -331,7 +352,7 @@ def fit_network(
     validation: float = 0.2,
     epochs: int = 300,
     rate: float = 1e-3,
-    batch_size: int = 64,
+    rows_per_step: int = 64,
     patience: int = 20,
     seed: int = 0,
 ) -> tuple[dict, np.ndarray, np.ndarray, float, dict[str, Any]]:
@@ -344,7 +365,7 @@ def fit_network(
         validation: share of the rows held out for early stopping.
         epochs: maximum number of passes over the training rows.
         rate: learning rate of Adam.
-        batch_size: rows per step.
+        rows_per_step: rows per step of Adam.
         patience: epochs without a lower validation error after which training stops.
         seed: random seed of the split, the parameters and the batches.
 
@@ -354,21 +375,27 @@ def fit_network(
         shift.
 
     Raises:
-        ValueError: the shapes differ, or there are fewer than two rows.
+        ValueError: the shapes differ, an option is out of its range, or there are fewer than two
+            rows to train on besides those held out.
+        FloatingPointError: a row, or the error on those held out, is not finite.
     """
     contexts, shifts = (np.asarray(rows, np.float32) for rows in (contexts, shifts))
-    if contexts.ndim != 2 or shifts.ndim != 2 or len(contexts) != len(shifts) or len(contexts) < 2:
+    if contexts.ndim != 2 or shifts.ndim != 2 or len(contexts) != len(shifts) or len(contexts) < 3:
         raise ValueError(
             f"contexts and shifts have shapes {contexts.shape} and {shifts.shape}; expected "
-            "[N, D] and [N, D] with two rows or more"
+            "[N, D] and [N, D] with three rows or more: one to hold out and two to train on"
         )
+    _require_options(validation, epochs, hidden, rows_per_step, patience)
+    for what, rows in (("contexts", contexts), ("shifts", shifts)):
+        if not np.isfinite(rows).all():
+            raise FloatingPointError(f"the {what} have entries that are not finite")
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(contexts))
-    held = min(len(contexts) - 1, max(1, round(validation * len(contexts))))
+    held = min(len(contexts) - 2, max(1, round(validation * len(contexts))))
     held_out, train = order[:held], order[held:]
     # In float64, because along columns numpy adds up float32 naively.
     mean = contexts[train].mean(0, dtype=np.float64).astype(np.float32)
-    deviation = contexts[train].std(0, dtype=np.float64).astype(np.float32) + np.float32(1e-6)
+    deviation = _deviation(contexts[train])
     scale = float(np.sqrt((shifts[train] ** 2).mean(dtype=np.float64))) or 1.0
     x, z = (contexts - mean) / deviation, shifts / scale
     network = ShiftNetwork(hidden, shifts.shape[1])
@@ -377,7 +404,7 @@ def fit_network(
     params["shift"]["kernel"] = 0.1 * params["shift"]["kernel"]
     params["shift"]["bias"] = jnp.asarray(z[train].mean(0, dtype=np.float64), jnp.float32)
     moments = optax.adam(rate).init(params)
-    size = min(batch_size, len(train))
+    size = min(rows_per_step, len(train))
     best, best_error, best_epoch = (
         params,
         float(_error(network, params, x[held_out], z[held_out])),
@@ -389,6 +416,10 @@ def fit_network(
             chosen = rows[first : first + size]
             params, moments = _update(network, rate, params, moments, x[chosen], z[chosen])
         error = float(_error(network, params, x[held_out], z[held_out]))
+        if not np.isfinite(error):
+            raise FloatingPointError(
+                f"after epoch {epoch}, the error on the held-out rows is {error}; lower the rate"
+            )
         if error < best_error:
             best, best_error, best_epoch = params, error, epoch
         if epoch - best_epoch == patience:
@@ -403,6 +434,27 @@ def fit_network(
         / whole,
     }
     return jax.tree.map(np.asarray, best), mean, deviation, scale, figures
+
+
+def _require_options(
+    validation: float, epochs: int, hidden: int, rows_per_step: int, patience: int
+) -> None:
+    if not 0 < validation < 1:
+        raise ValueError(f"validation is {validation}; expected a share between 0 and 1")
+    if epochs < 0:
+        raise ValueError(f"epochs is {epochs}; expected at least 0")
+    teacher_forcing.require_counts(hidden=hidden, rows_per_step=rows_per_step, patience=patience)
+
+
+def _deviation(rows: Float[np.ndarray, "N D"]) -> Float[np.ndarray, " D"]:
+    """Returns what to divide each coordinate by: its standard deviation.
+
+    For one that is (all but) the same in all rows, the root mean square of all deviations: whatever
+    little it differs by in another prompt must not drown the others.
+    """
+    deviation = rows.std(0, dtype=np.float64)
+    overall = float(np.sqrt(np.mean(deviation**2))) or 1.0
+    return np.where(deviation > 1e-6 * overall, deviation, overall).astype(np.float32)
 
 
 def fit_l2s(
@@ -439,17 +491,19 @@ def fit_l2s(
         contexts: the prompt of each sample whose last token that is, if the counterparts are of
             other prompts than those to be steered later; None for the prompts of the samples.
         where: the token positions to shift, see `ports.add`.
-        batch_size: samples per batch.
+        batch_size: samples per batch of the model.
         strict: stop at a sample that can't be read or processed, instead of skipping it;
             `source["skipped"]` says why samples were skipped.
         progress: called with (runs done, number of runs); there are three runs per sample.
-        options: further arguments of `fit_network`.
+        options: further arguments of `fit_network`, such as `rows_per_step`.
 
     Returns:
         The network.
 
     Raises:
-        ValueError: as `contrast_shifts`, or the numbers of samples and contexts differ.
+        ValueError: as `contrast_shifts` and `fit_network`, or the numbers of samples and contexts
+            differ.
+        FloatingPointError: as `contrast_shifts` and `fit_network`.
     """
     if contexts is not None and len(contexts) != len(samples):
         raise ValueError(

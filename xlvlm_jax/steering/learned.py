@@ -5,7 +5,9 @@
 
 with shift = v, or B A states for a map of rank R (A[R, D], B[D, R]), by Adam (Kingma and Ba 2015)
 and gradients through the layers after the site. Samples whose wanted answer is the model's own
-keep its other answers as they are. N samples, D width.
+keep its other answers as they are. `states` are those of the last layer up to the site, which is
+also the unit of v where the site is within a layer: what is added there is added to that layer's
+states in the end. N samples, D width of the site.
 """
 
 import dataclasses
@@ -91,7 +93,8 @@ class _Setting(NamedTuple):
 
     kinds: jax.Array  # kinds of positions to shift, see `Edit`
     start: jax.Array
-    scale: jax.Array  # unit of the vector: the states' root mean square
+    at: jax.Array | None
+    scale: jax.Array  # unit of the vector: the stored states' root mean square
     rate: jax.Array
     penalty: jax.Array
 
@@ -112,7 +115,8 @@ def _losses_of(
         edit = add(setting.scale * learnt["vector"])
     else:
         edit = add_mapped(learnt["down"], learnt["up"])
-    edits = {program.site: dataclasses.replace(edit, kinds=setting.kinds, start=setting.start)}
+    places = {"kinds": setting.kinds, "start": setting.start, "at": setting.at}
+    edits = {program.site: dataclasses.replace(edit, **places)}
     losses, weights = teacher_forcing.answer_losses(
         module, params, batch, program.begin, edits, program.length
     )
@@ -178,13 +182,14 @@ def fit_learned(
         targets: the wanted answer to each; for samples that must stay, the model's own answer.
         site: a site of the decoder, whose states are shifted.
         rank: None for a vector; R for a low-rank map.
-        where: the token positions to shift, see `ports.add`.
+        where: the token positions to shift, see `ports.add`; no mask and no indices for each row,
+            which would be those of some prompts alone.
         weights: float[N], weights of the samples in the loss; None for equal weights.
         start: float[D], the initial vector; None for zero.
         validation: share of the samples held out for early stopping.
         steps: maximum number of steps of Adam.
-        rate: learning rate of Adam, in units of the states' root mean square (for a map, of
-            1 / sqrt(D)).
+        rate: learning rate of Adam, in units of the root mean square of the states at the last
+            layer up to the site (for a map, of 1 / sqrt(D)).
         penalty: see the top of this file.
         batch_size: B.
         strict: stop at a sample that can't be read or processed, instead of skipping it.
@@ -200,8 +205,10 @@ def fit_learned(
 
     Raises:
         ValueError: the numbers of samples, answers and weights differ, there are too few samples
-            to split, nothing can be learnt at the site, an answer has no tokens, or `where` is a
-            mask.
+            to split, an option is out of its range, nothing can be learnt at the site, `start` has
+            another width than the site, an answer has no tokens, or `where` is for some prompts
+            alone.
+        FloatingPointError: a loss is NaN or infinite.
     """
     if len(samples) < 2 or not 0 < validation < 1:
         raise ValueError(
@@ -216,11 +223,22 @@ def fit_learned(
         )
     if rank is not None and (rank < 1 or start is not None):
         raise ValueError(f"rank is {rank}; expected at least 1, and start=None")
+    teacher_forcing.require_counts(
+        steps=steps, batch_size=batch_size, evaluate_every=evaluate_every, patience=patience
+    )
     template = add(np.zeros(1), 1.0, where)
-    if template.mask is not None:
-        raise ValueError("where is a mask, which does not apply to other prompts; name positions")
+    if template.mask is not None or np.ndim(template.at) == 2:
+        raise ValueError(
+            "where is a mask or has indices for each row, which do not apply to other prompts; "
+            "name positions"
+        )
     site = vlm.find_site(site, one_state=True)
     begin = teacher_forcing.begin_site(vlm, site)
+    width = vlm.site_shapes[site][-1]
+    if start is not None and np.shape(start) != (width,):
+        raise ValueError(
+            f"start has shape {np.shape(start)}; the states at {site!r} have width {width}"
+        )
     forced, kept, skipped = teacher_forcing.force(
         vlm, samples, targets, begin, batch_size=batch_size, strict=strict
     )
@@ -235,9 +253,7 @@ def fit_learned(
     order = rng.permutation(len(kept))
     held = min(len(kept) - 1, max(1, round(validation * len(kept))))
     held_out, train = order[:held], order[held:]
-    real = forced.kinds != PADDING
-    width = forced.states.shape[-1]
-    square = float(np.mean(forced.states[real].astype(np.float32) ** 2))
+    square = _mean_square(forced)
     if rank is None:
         scale = np.sqrt(square)
         first = np.zeros(width) if start is None else np.asarray(start) / scale
@@ -251,9 +267,10 @@ def fit_learned(
     setting = _Setting(
         jnp.asarray(template.kinds),
         template.start,
+        template.at,
         jnp.float32(scale),
         jnp.float32(rate if rank is None else rate / np.sqrt(width)),
-        jnp.float32(penalty / width),
+        jnp.float32(penalty / (forced.states.shape[-1] if rank is None else width)),
     )
     moments = _adam.init(learnt)
     if vlm.mesh is not None:
@@ -275,6 +292,7 @@ def fit_learned(
         return total / float(weight[held_out].sum())
 
     best, best_loss = learnt, validate(learnt)
+    _require_finite(0, best_loss)
     history = [{"step": 0, "train": None, "validation": best_loss}]
     to_beat, waited = 0.99 * best_loss, 0
     recent: list[jax.Array] = []
@@ -291,6 +309,7 @@ def fit_learned(
         if step % evaluate_every == 0 or step == steps:
             loss = validate(learnt)
             mean = float(np.mean([float(value) for value in recent]))
+            _require_finite(step, loss, mean)
             history.append({"step": step, "train": mean, "validation": loss})
             if loss < best_loss:
                 best, best_loss = learnt, loss
@@ -316,6 +335,28 @@ def fit_learned(
     arrays = {name: np.asarray(scale * value, np.float32) for name, value in best.items()}
     kind = SteeringVector if rank is None else LowRankMap
     return kind(**arrays, site=site, source=source, where=where)
+
+
+def _mean_square(forced: teacher_forcing.Forced) -> float:
+    """Returns the mean square of the stored states, without padding.
+
+    Sample by sample: there is no second copy of all in memory.
+    """
+    total, count = 0.0, 0
+    for states, kinds in zip(forced.states, forced.kinds, strict=True):
+        rows = states[kinds != PADDING].astype(np.float32)
+        total, count = total + float(np.sum(rows**2, dtype=np.float64)), count + rows.size
+    return total / count
+
+
+def _require_finite(step: int, *losses: float) -> None:
+    """Raises FloatingPointError for a loss that is not: Adam keeps it for ever."""
+    if wrong := [loss for loss in losses if not np.isfinite(loss)]:
+        lower = "lower the learning rate, or " if step else ""
+        raise FloatingPointError(
+            f"at step {step}, the loss is {wrong[0]}; {lower}load the model in float32 or bfloat16 "
+            "(numbers above 65,504 overflow in float16)"
+        )
 
 
 def _counts(words: Sequence[str]) -> dict[str, int]:

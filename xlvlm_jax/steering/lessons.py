@@ -235,6 +235,11 @@ def forced_answers(
     return samples, [forced[x] for x in labels], [forced[_OPPOSITE[x]] for x in labels]
 
 
+def _image_of(sample: Sample) -> str:
+    """Returns what tells images apart: the ID, or the file of an image without one."""
+    return sample.image_id or str(sample.image)
+
+
 def contrast_prompts(
     features: Features, lesson: Lesson, target: Sequence[str], *, key: str = "prediction"
 ) -> tuple[list[Sample], list[str], list[str]]:
@@ -263,10 +268,10 @@ def contrast_prompts(
     by_image: dict[str, list[str]] = {}
     for row in np.flatnonzero(is_target):
         sample = sample_of(features.samples[row], int(row))
-        by_image.setdefault(sample.image_id, []).append(sample.prompt)
+        by_image.setdefault(_image_of(sample), []).append(sample.prompt)
     samples, positive = [], []
     for number, (sample, given, wanted) in enumerate(zip(*lesson, strict=True)):
-        others = by_image.get(sample.image_id, [])
+        others = by_image.get(_image_of(sample), [])
         if given == wanted or others:
             samples.append(sample)
             positive.append(sample.prompt if given == wanted else others[number % len(others)])
@@ -304,11 +309,11 @@ def contrast_labels(
     asked: dict[str, dict[str, list[str]]] = {}
     for each in samples if among is None else among:
         if (label := str(each.metadata.get("label"))) in _OPPOSITE:
-            asked.setdefault(each.image_id, {}).setdefault(label, []).append(each.prompt)
+            asked.setdefault(_image_of(each), {}).setdefault(label, []).append(each.prompt)
     positive, negative = [], []
     for sample in samples:
         label = str(sample.metadata.get("label"))
-        of_image = asked.get(sample.image_id, {})
+        of_image = asked.get(_image_of(sample), {})
         opposite = of_image.get(_OPPOSITE.get(label, ""), [])
         others = [text for text in of_image.get(label, []) if text != sample.prompt]
         positive.append(others[0] if opposite and others else sample.prompt)

@@ -278,7 +278,9 @@ def _of_rows(
 
 def _fit_fine(asked: Request) -> Fitted:
     options = dict(asked.options)
-    count = options.pop("num_concepts")
+    count = options.pop("num_concepts", None)
+    if count is None:
+        raise ValueError("method 'fine' needs the option num_concepts, the number of concepts")
     vectors, fine = fit_fine(
         asked.features,
         asked.site,
@@ -305,9 +307,10 @@ def _answers(asked: Request) -> Examples:
 
 def _counterparts(asked: Request) -> Examples:
     """Returns `_answers`, other prompts about the same images, or forced answers, by contrast."""
-    if asked.options["contrast"] in ("prompt", "label") and asked.options.get("states") == "mean":
+    contrast = _contrast(asked)
+    if contrast in ("prompt", "label") and asked.options.get("states") == "mean":
         raise ValueError("states 'mean' is over the tokens of a completion; contrast completions")
-    if asked.options["contrast"] == "forced":
+    if contrast == "forced":
         options = {"num_samples": asked.num_samples, "seed": asked.seed}
         contrasts = asked.options.get("contrasts")
         forced = lessons.forced_answers(
@@ -322,17 +325,17 @@ def _counterparts(asked: Request) -> Examples:
     for name in ("positive", "negative", "contrasts"):
         if asked.options.get(name) is not None:
             raise ValueError(f"--{name} is of forced answers; give --contrast forced too")
-    if asked.options["contrast"] == "label":
+    if contrast == "label":
         among = [sample_of(kept) for kept in lessons.readable(asked.features)]
         chosen = lessons.readable(asked.features, asked.num_samples, asked.seed)
         samples = [sample_of(kept) for kept in chosen]
         positive, negative = lessons.contrast_labels(samples, among=among)
         apart = sum(a != b for a, b in zip(positive, negative, strict=True))
         return Examples(samples, positive, negative, apart)
-    if asked.options["contrast"] != "prompt":
+    if contrast != "prompt":
         return _answers(asked)
     lesson = _lesson(asked)
-    assert asked.target is not None
+    assert asked.target is not None  # or `_lesson` raises
     pairs = lessons.contrast_prompts(asked.features, lesson, asked.target, key=asked.key)
     return Examples(*pairs, _steered(lesson))
 
@@ -345,8 +348,17 @@ def _l2s_examples(asked: Request) -> Examples:
     return found._replace(contexts=[lessons.asked_with(each, prompt) for each in found.samples])
 
 
+def _contrast(asked: Request) -> str:
+    """Returns how two counterparts of each prompt are contrasted; as `fit_l2s` does by default."""
+    return str(asked.options.get("contrast") or "completion")
+
+
 def _lesson(asked: Request) -> lessons.Lesson:
-    assert asked.source is not None and asked.target is not None
+    if not asked.source or not asked.target:
+        raise ValueError(
+            "there are no source or no target answers to learn from; give words to steer from and "
+            "the answer to steer to"
+        )
     return lessons.lesson(
         asked.features,
         asked.source,
@@ -390,7 +402,7 @@ def _fit_l2s(asked: Request, examples: Examples, vlm: VLM, **learning: Any) -> F
         contexts=examples.contexts,
         where=asked.where,
         seed=asked.seed,
-        context_site=asked.options["context_site"],
+        context_site=asked.options.get("context_site"),
         **_contrasted(asked),
         **learning,
     )
@@ -461,7 +473,7 @@ def _pictures(asked: Request) -> Examples:
 
 def _contrasted(asked: Request) -> dict[str, str]:
     """Returns how two counterparts are contrasted: as completions or as prompts."""
-    contrast = str(asked.options["contrast"])
+    contrast = _contrast(asked)
     return {
         "contrast": {"forced": "completion", "label": "prompt"}.get(contrast, contrast),
         "states": asked.options.get("states", "last"),

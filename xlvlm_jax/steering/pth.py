@@ -130,9 +130,8 @@ def import_l2s(
     data = network_in(data)
     if data is None:
         raise PthError(f"{path}: has no L2S network; expected {', '.join(_NETWORK)}")
-    weights = {name: np.asarray(value).astype(np.float32) for name, value in data.items()}
-    into, bias, out = (weights[name] for name in _NETWORK)
-    final = weights.get("decoder.bias", np.zeros(len(out), np.float32))
+    into, bias, out = (np.asarray(data[name]).astype(np.float32) for name in _NETWORK)
+    final = np.asarray(data.get("decoder.bias", np.zeros(len(out)))).astype(np.float32)
     if into.shape[:1] != bias.shape or out.shape != (*final.shape, *bias.shape):
         raise PthError(
             f"{path}: its layers have shapes {into.shape}, {bias.shape} and {out.shape}; expected "
@@ -176,10 +175,13 @@ def export_vectors(
         path: the file to write.
 
     Raises:
-        ValueError: several vectors are not all fine vectors.
+        ValueError: there are none, several vectors are not all fine vectors, or two lead from the
+            same concept to the same other one, as those of several sites do.
     """
     if isinstance(vectors, SteeringVector):
         vectors = [vectors]
+    if not len(vectors):
+        raise ValueError("there are no vectors to export; expected one or more")
     if len(vectors) == 1:
         write_pth(path, {KEY: _float32(vectors[0])})
         return
@@ -191,7 +193,13 @@ def export_vectors(
                 "several vectors of which not all are fine ones have no names in XL-VLMs' files; "
                 "export each by itself"
             )
-        named[f"{KEY}_concept_{pair[1]}_to_{pair[0]}"] = _float32(vector)
+        name = f"{KEY}_concept_{pair[1]}_to_{pair[0]}"
+        if name in named:
+            raise ValueError(
+                f"two vectors lead from concept {pair[0]} to {pair[1]}, and would have one name in "
+                "XL-VLMs' files; export those of each site and clustering by themselves"
+            )
+        named[name] = _float32(vector)
     write_pth(path, named | _between(named))
 
 

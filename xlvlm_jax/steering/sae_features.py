@@ -285,8 +285,17 @@ def _chosen_features(
 
 def _mean_codes(dictionary: Dictionary, states: Float[Array, "N D"]) -> Float[np.ndarray, " K"]:
     """Returns the mean code of each feature."""
-    encode = jax.jit(lambda rows: jnp.sum(dictionary.encode(rows), axis=0))
-    sums = [encode(states[i : i + ROWS]) for i in range(0, len(states), ROWS)]
-    return (np.sum([np.asarray(x, np.float64) for x in sums], axis=0) / len(states)).astype(
-        np.float32
-    )
+    total = np.zeros(len(dictionary.params["W_dec"]))
+    size = min(ROWS, 1 << (len(states) - 1).bit_length())  # few sizes, and so few programs
+    for start in range(0, len(states), size):
+        block = np.asarray(states[start : start + size])
+        padding = [(0, size - len(block)), *[(0, 0)] * (block.ndim - 1)]
+        total += np.asarray(_sum_of_codes(dictionary, np.pad(block, padding), len(block)))
+    return (total / len(states)).astype(np.float32)
+
+
+@jax.jit
+def _sum_of_codes(dictionary: Dictionary, rows: jax.Array, count: jax.Array) -> jax.Array:
+    """Returns [K], the sums over the first `count` rows."""
+    codes = dictionary.encode(rows)
+    return jnp.sum(jnp.where((jnp.arange(len(rows)) < count)[:, None], codes, 0), axis=0)

@@ -103,9 +103,10 @@ class SampleVectors:
 
         Raises:
             FileNotFoundError: the file does not exist.
-            ValueError: the file holds something else.
+            ValueError: the file holds something else, or NaN.
         """
         tensors, rest = files.read_as(path, "sample vectors")
+        files.require_numbers(path, tensors)
         with files.assembling(path):
             return cls(tensors["vectors"], tuple(rest.pop("ids")), **rest)
 
@@ -144,7 +145,8 @@ def fit_p2s(
         The vectors.
 
     Raises:
-        ValueError: as `fit_l2s`.
+        ValueError: as `contrast_shifts`.
+        FloatingPointError: a state is not finite.
     """
     skipped: dict[str, str] = {}
     site = vlm.find_site(site, generated=True, one_state=True)

@@ -51,7 +51,7 @@ class SiteVectors:
 
         Raises:
             ValueError: there are none, two have the same site, or they are of different models or
-                meant for different positions.
+                meant for different positions. A vector that does not say its model passes.
         """
         sites = [vector.site for vector in vectors]
         if not sites or len(set(sites)) < len(sites):
@@ -61,23 +61,19 @@ class SiteVectors:
             )
         first = vectors[0]
         for vector in vectors:
-            for name, ours, theirs in (
-                ("where", first.where, vector.where),
-                ("fingerprint", first.source.get("fingerprint"), vector.source.get("fingerprint")),
-            ):
-                if ours != theirs:
-                    raise ValueError(
-                        f"cannot join vectors of {name} {ours} and {theirs}; expected the same "
-                        f"{name}"
-                    )
-        files.require_one_adapter([vector.source for vector in vectors], "join")
+            ours, theirs = files.plain(first.where), files.plain(vector.where)
+            if ours != theirs:
+                raise ValueError(
+                    f"cannot join vectors of where {ours} and {theirs}; expected the same where"
+                )
+        model = files.common_model([vector.source for vector in vectors], "join")
         shared = {
             name: value
             for name, value in first.source.items()
             if all(name in v.source and v.source[name] == value for v in vectors)
         }
         joined = {vector.site: np.asarray(vector.vector, np.float32) for vector in vectors}
-        return cls(joined, shared, first.where)
+        return cls(joined, shared | model, first.where)
 
     def __repr__(self) -> str:
         return f"SiteVectors({counted(len(self.vectors), 'site')}: {self.site})"

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Bool, Float
 
 from ports import VLM
 from ports.intervene.edits import GENERATED, LAST_PROMPT, PADDING, Edits
@@ -24,6 +25,7 @@ from ports.nn.vision_language import VisionLanguageModel
 from xlvlm_jax.data.batches import Batch, make_batch, read_ahead
 from xlvlm_jax.data.sample import Sample
 
+Array = jax.Array | np.ndarray
 Progress = Callable[[int, int], None]
 
 
@@ -206,6 +208,57 @@ def force(
         )
     )
     return forced, np.array(kept, int), errors
+
+
+def require_counts(**counts: int) -> None:
+    """Checks options that must be at least 1.
+
+    Args:
+        **counts: value by the name of the option.
+
+    Raises:
+        ValueError: one is less.
+    """
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}; expected at least 1")
+
+
+def require_finite(site: str, rows: np.ndarray, samples: Sequence[Sample]) -> None:
+    """Checks that states are finite, as those of a model in float16 need not be.
+
+    Args:
+        site: the site, for the message.
+        rows: float[N, D].
+        samples: the N samples.
+
+    Raises:
+        FloatingPointError: one has NaN or infinite entries; its sample is named.
+    """
+    finite = np.isfinite(rows).all(axis=1)
+    if not finite.all():
+        raise FloatingPointError(
+            f"the states of sample {samples[int(np.argmin(finite))].id} at {site!r} are not finite;"
+            " load the model in float32 or bfloat16 (numbers above 65,504 overflow in float16)"
+        )
+
+
+@jax.jit
+def token_means(states: Float[Array, "B T D"], chosen: Bool[Array, "B T"]) -> Float[Array, "B D"]:
+    """Returns the mean state of some positions of each row, without moving the states.
+
+    Works under jit, vmap and grad.
+
+    Args:
+        states: float[B, T, D].
+        chosen: bool[B, T], the positions; at least one in each row.
+
+    Returns:
+        float32[B, D].
+    """
+    chosen = jnp.asarray(chosen)
+    rows = jnp.where(chosen[..., None], jnp.asarray(states).astype(jnp.float32), 0)
+    return rows.sum(axis=1) / chosen.sum(axis=1)[:, None]
 
 
 def require_some(kept: Sequence[Any], samples: Sequence[Sample], errors: dict[str, str]) -> None:

@@ -20,6 +20,7 @@ from xlvlm_jax.concepts.decomposition import decompose
 from xlvlm_jax.concepts.record import Concepts
 from xlvlm_jax.concepts.removal import concept_directions
 from xlvlm_jax.features.manifest import module_of
+from xlvlm_jax.metrics.most_activated import NONE
 from xlvlm_jax.solvers import sums
 from xlvlm_jax.steering import files
 from xlvlm_jax.steering.site_steering import SiteSteering
@@ -77,7 +78,8 @@ class FineVectors(NamedTuple):
 
     Attributes:
         vectors: float32[K, K, D]; vectors[i, j] points from concept i to concept j.
-        assignment: int[N], the concept that each source state belongs to.
+        assignment: int[N], the concept that each source state belongs to; -1 for a state that
+            activates none, as states of sparse codes may.
         concepts: the decomposition of the source states.
     """
 
@@ -105,7 +107,7 @@ def fine_vectors(
         num_concepts: K.
         key: PRNG key of the decomposition.
         method: another decomposition, whose components take the centroids' place; a sample belongs
-            to its most active one.
+            to its most active one, and to none if all its activations are zero.
 
     Returns:
         The vectors and the clustering.
@@ -122,10 +124,10 @@ def fine_vectors(
         [4.0, -1.5]
     """
     concepts = decompose(source, num_concepts, method, key=key)
-    centroids = jnp.asarray(concepts.components)
+    centroids, codes = jnp.asarray(concepts.components), jnp.asarray(concepts.activations)
     return FineVectors(
         vectors=centroids[None] - centroids[:, None],
-        assignment=jnp.argmax(jnp.asarray(concepts.activations), axis=1),
+        assignment=jnp.where(jnp.any(codes != 0, axis=1), jnp.argmax(codes, axis=1), NONE),
         concepts=concepts,
     )
 
@@ -133,6 +135,8 @@ def fine_vectors(
 @dataclasses.dataclass(frozen=True, repr=False)
 class SteeringVector(SiteSteering):
     """A steering vector and how to use it. Vectors of one site and model can be added and scaled.
+
+    A vector that does not say which model it is of, such as an imported one, can be added to any.
 
     Attributes:
         vector: float32[D].
@@ -176,20 +180,18 @@ class SteeringVector(SiteSteering):
         return {self.site: add(self.vector, alpha, self.where if where is None else where)}
 
     def __add__(self, other: "SteeringVector") -> "SteeringVector":
-        for name in ("site", "where", "width", "fingerprint"):
-            ours, theirs = self._what(name), other._what(name)
+        for name, ours, theirs in (
+            ("site", self.site, other.site),
+            ("where", files.plain(self.where), files.plain(other.where)),
+            ("width", len(self.vector), len(other.vector)),
+        ):
             if ours != theirs:
                 raise ValueError(
                     f"cannot add vectors of {name} {ours} and {theirs}; expected the same {name}"
                 )
-        files.require_one_adapter([self.source, other.source], "add")
-        shared = {k: v for k, v in self.source.items() if k in MODEL}
-        source = {**shared, "sum of": [self.source, other.source]}
+        sources = [self.source, other.source]
+        source = {**files.common_model(sources, "add"), "sum of": sources}
         return dataclasses.replace(self, vector=self.vector + other.vector, source=source)
-
-    def _what(self, name: str) -> Any:
-        known = {"site": self.site, "where": self.where, "width": len(self.vector)}
-        return known.get(name, self.source.get(name))
 
     def __mul__(self, factor: float) -> "SteeringVector":
         source = {**self.source, "scaled by": factor * self.source.get("scaled by", 1.0)}

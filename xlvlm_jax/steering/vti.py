@@ -21,8 +21,9 @@ N samples, D width.
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 
 from ports import VLM
 from ports.intervene.edits import IMAGE
@@ -34,6 +35,7 @@ from xlvlm_jax.steering.l2s import contrast_shifts
 from xlvlm_jax.steering.vectors import SteeringVector
 from xlvlm_jax.storage.same_model import model_of
 
+Array = jax.Array | np.ndarray
 CELLS = 24  # on a side of a picture, as LLaVA's vision tower has patches
 
 
@@ -93,6 +95,7 @@ def mask_shifts(
         ValueError: the share or the number of masks is out of range, a site's states are not those
             of the pictures, or no sample can be processed.
         OSError: if strict, for the first image that can't be read.
+        FloatingPointError: a state is not finite.
     """
     if not 0 < share <= 1 or num_masks < 1:
         raise ValueError(
@@ -115,7 +118,9 @@ def mask_shifts(
             continue
         is_image = np.asarray(vlm.places(inputs).kind) == IMAGE
         for site, states in vlm.states(inputs, sites=sites).items():
-            found[site].append(_shift(site, np.asarray(states, np.float32), is_image))
+            shift = _shift(site, states, is_image)
+            teacher_forcing.require_finite(site, shift[None], [sample])
+            found[site].append(shift)
         kept.append(sample.id)
         if progress is not None:
             progress(done, len(samples))
@@ -123,12 +128,14 @@ def mask_shifts(
     return {site: np.stack(rows) for site, rows in found.items()}
 
 
-def _shift(site: str, states: np.ndarray, is_image: np.ndarray) -> np.ndarray:
-    """Returns float[D], the mean over the masked versions minus the first, intact one."""
+def _shift(site: str, states: Array, is_image: Bool[np.ndarray, "V T"]) -> np.ndarray:
+    """Returns float32[D], the mean over the masked versions minus the first, intact one.
+
+    Only the means of the versions leave the device.
+    """
     versions = len(is_image)
     if states.shape[:2] == is_image.shape:  # positions are tokens
-        pairs = zip(states, is_image, strict=True)
-        means = np.stack([row[here].mean(axis=0) for row, here in pairs])
+        means = teacher_forcing.token_means(states, is_image)
     elif states.size % (versions * states.shape[-1]):
         raise ValueError(
             f"the states at {site!r} have shape {states.shape}, which is not that of {versions} "
@@ -136,7 +143,9 @@ def _shift(site: str, states: np.ndarray, is_image: np.ndarray) -> np.ndarray:
         )
     else:
         # All versions have one size and so the same number of patches, in order.
-        means = states.reshape(versions, -1, states.shape[-1]).mean(axis=1)
+        rows = states.reshape(versions, -1, states.shape[-1])
+        means = teacher_forcing.token_means(rows, np.ones(rows.shape[:2], bool))
+    means = np.asarray(means)
     return means[1:].mean(axis=0) - means[0]
 
 

@@ -68,8 +68,8 @@ def test_best_threshold():
     wanted = np.array([True, True, False, True, True])
     assert best_threshold(values, wanted) == pytest.approx(0.45)
     # Every split is worse than none.
-    assert best_threshold(values, values < 0.2) == 0.1
-    assert best_threshold(np.ones(3), np.array([True, False, True])) == 1.0
+    assert best_threshold(values, values < 0.2) == -1
+    assert best_threshold(np.ones(3), np.array([True, False, True])) == -1
 
 
 def test_a_memory_has_the_difference_within_each_cluster(features):

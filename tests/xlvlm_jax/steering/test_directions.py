@@ -11,6 +11,18 @@ from xlvlm_jax.steering import directions
 METHODS = (steering.pca_vector, steering.lat_vector, steering.probe_vector)
 
 
+@pytest.mark.parametrize("pairs", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("seed", range(4))
+def test_what_few_pairs_share_is_the_direction_of_lat(pairs, seed):
+    """If all signs came out equal, centring would leave only what the pairs differ by."""
+    source = np.float32([[0.1, -0.1]]) * np.arange(pairs, dtype=np.float32)[:, None]
+    target = source[::-1] + np.float32([[30, 40]])
+    found = steering.lat_vector(source, target, seed=seed)
+    np.testing.assert_allclose(found, [30, 40], atol=1)
+    signs = np.sign(directions.random_differences(source, target, seed=seed)[:, 0])
+    assert signs.sum() == pairs % 2
+
+
 @pytest.fixture(scope="module")
 def groups() -> tuple[np.ndarray, np.ndarray]:
     """Returns states that differ along the first axis and spread most along the second."""
@@ -95,6 +107,10 @@ def test_messages():
         steering.lat_vector(same, same)
     with pytest.raises(ValueError, match="all states are equal"):
         steering.probe_vector(same, same)
+    twice = np.float32([[0, 1], [2, 3]])
+    for method in METHODS:
+        with pytest.raises(ValueError, match="states are equal on average, so that no direction"):
+            method(twice, twice[::-1])
     with pytest.raises(ValueError, match="penalty is 0; expected a positive number"):
         steering.probe_vector(same, same + 1, penalty=0)
     with pytest.raises(ValueError, match="at least one of each"):

@@ -13,10 +13,10 @@ ANSWERS = ["Yes.", "no", "yes", "red", "No"]
 
 @pytest.fixture
 def make(tmp_path):
-    """make(name, model, answers) returns features of site "s" whose row i is (2 i, 2 i + 1)."""
+    """make(name, model, answers, moved=m): features of site "s" with row i (2 i, 2 i + 1) + m."""
 
-    def features(name="features", model="m", answers=ANSWERS, truths=None):
-        states = np.arange(2 * len(answers), dtype=np.float32).reshape(-1, 2)
+    def features(name="features", model="m", answers=ANSWERS, truths=None, moved=0):
+        states = np.arange(2 * len(answers), dtype=np.float32).reshape(-1, 2) + moved
         number = np.arange(len(answers))
         arguments = {"model": model, "fingerprint": model}
         with FeaturesWriter(tmp_path / name, arguments) as writer:
@@ -49,20 +49,21 @@ class TestDirections:
         assert fitted.source["source rows"] == 2
 
     def test_pairs_are_the_samples_in_both(self, make):
-        tuned = make("tuned", model="tuned", answers=["a", "b", "c"])
+        tuned = make("tuned", model="tuned", answers=["a", "b", "c"], moved=1)
         between = {"target_features": tuned, "between_models": True, "matched": True}
         states = steering.answer_states(make(), "s", None, **between)
-        np.testing.assert_array_equal(states.pairs, np.zeros((3, 2)))
+        np.testing.assert_array_equal(states.pairs, np.ones((3, 2)))
         assert states.source_rows.tolist() == [0, 1, 2]
 
     @pytest.mark.parametrize("method", ["pca", "lat", "probe", "coarse"])
     def test_matched_answers_are_those_of_the_same_samples(self, make, method):
         # Sample 0 alone goes from yes to no; 1 and 2 have states on one side.
-        base, tuned = make(answers=["yes", "red", "yes"]), make("tuned", "tuned", ["no", "no", "x"])
+        base = make(answers=["yes", "red", "yes"])
+        tuned = make("tuned", "tuned", ["no", "no", "x"], moved=1)
         between = {"target_features": tuned, "between_models": True, "matched": True}
         states = steering.answer_states(base, "s", ["yes"], ["no"], **between)
         assert (states.source_rows.tolist(), states.target_rows.tolist()) == ([0], [0])
-        np.testing.assert_array_equal(states.pairs, [[0, 0]])
+        np.testing.assert_array_equal(states.pairs, [[1, 1]])
         assert states.described["source rows"] == states.described["target rows"] == 1
         with pytest.raises(ValueError, match=r"no sample has both source states in .* and target"):
             words = ["red"], ["x"]
@@ -117,16 +118,16 @@ class TestCoarse:
         assert fitted.source["source rows"] == 5
 
     def test_between_two_models(self, make):
-        tuned = make("tuned", model="tuned", answers=["a", "b", "c"])
+        tuned = make("tuned", model="tuned", answers=["a", "b", "c"], moved=1)
         with pytest.raises(ValueError, match="come from different models"):
             steering.fit_coarse(make(), "s", None, target_features=tuned)
         between = {"target_features": tuned, "between_models": True}
         fitted = steering.fit_coarse(make("again"), "s", None, **between)
-        np.testing.assert_array_equal(fitted.vector, [2 - 4, 3 - 5])
+        np.testing.assert_array_equal(fitted.vector, [3 - 4, 4 - 5])
         assert fitted.source["fingerprint"] == "m" and fitted.source["target model"] == "tuned"
         # The first three samples have rows in both.
         matched = steering.fit_coarse(make("once more"), "s", None, **between, matched=True)
-        np.testing.assert_array_equal(matched.vector, [0, 0])
+        np.testing.assert_array_equal(matched.vector, [1, 1])
         assert matched.source["source rows"] == 3
 
     def test_from_the_mean_of_concepts(self, make):
@@ -147,6 +148,10 @@ class TestCoarse:
         features = make()
         with pytest.raises(ValueError, match=r"none of 5 samples .* target words blue; choose"):
             steering.fit_coarse(features, "s", ["yes"], ["blue"])
+        for source in (["yes"], ["*"]):
+            target = ["yes"] if source == ["yes"] else ["yes", "no", "red"]
+            with pytest.raises(ValueError, match=r"the \d source and target states at 's' are the"):
+                steering.fit_coarse(features, "s", source, target)
         with pytest.raises(ValueError, match="the word ' ' is empty once normalised"):
             steering.fit_coarse(features, "s", ["yes", " "], ["no"])
         with pytest.raises(ValueError, match="the word 'A' is empty once normalised, as articles"):

@@ -1,6 +1,7 @@
 """L2S: its network by hand and against PyTorch, its states against a forward pass."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,20 @@ class TestNetwork:
         # Of the square, all but the variance is that of the mean.
         np.testing.assert_allclose(figures["unexplained by the mean"], 1 / (100**2 + 1), rtol=0.02)
 
+    def test_a_coordinate_that_is_the_same_in_training_does_not_drown_the_others(self, random):
+        contexts = random.standard_normal((40, 5)).astype(np.float32)
+        contexts[:, 2] = 0.25
+        shifts = contexts @ random.standard_normal((5, 5))
+        *network, _ = l2s.fit_network(contexts, shifts, epochs=20)
+        learnt = l2s.L2S(*network, CONTEXT, SITE)
+        assert learnt.deviation.min() > 0.5
+        other = contexts.copy()
+        other[:, 2] += 1e-3
+        np.testing.assert_allclose(learnt.shift(other), learnt.shift(contexts), atol=0.01)
+        # The same everywhere: there is nothing to scale by.
+        _, _, deviation, _, _ = l2s.fit_network(np.ones((5, 2)), np.ones((5, 2)), epochs=0)
+        np.testing.assert_array_equal(deviation, [1, 1])
+
     def test_pytorch_computes_the_same(self, random):
         contexts, shifts = random.standard_normal((2, 40, 5)).astype(np.float32)
         params, mean, deviation, scale, _ = l2s.fit_network(contexts, shifts, hidden=7, epochs=3)
@@ -63,6 +78,25 @@ class TestNetwork:
     def test_messages(self):
         with pytest.raises(ValueError, match=r"shapes \(3, 4\) and \(2, 4\)"):
             l2s.fit_network(np.ones((3, 4)), np.ones((2, 4)))
+        rows = np.ones((4, 2))
+        with pytest.raises(
+            ValueError, match="three rows or more: one to hold out and two to train"
+        ):
+            l2s.fit_network(rows[:2], rows[:2])
+        for share in (0.0, 1.5):
+            with pytest.raises(
+                ValueError, match=f"validation is {share}; expected a share between"
+            ):
+                l2s.fit_network(rows, rows, validation=share)
+        for name in ("hidden", "rows_per_step", "patience"):
+            with pytest.raises(ValueError, match=f"{name} is 0; expected at least 1"):
+                l2s.fit_network(rows, rows, **{name: 0})
+        with pytest.raises(ValueError, match="epochs is -1; expected at least 0"):
+            l2s.fit_network(rows, rows, epochs=-1)
+        with pytest.raises(FloatingPointError, match="the shifts have entries that are not finite"):
+            l2s.fit_network(rows, rows * np.inf)
+        with pytest.raises(FloatingPointError, match=r"after epoch 1, the error .* is nan; lower"):
+            l2s.fit_network(rows * [[0], [1], [2], [3]], rows, rate=1e38)
 
 
 def test_the_last_token_by_hand():
@@ -121,13 +155,13 @@ class TestModel:
 
     def test_the_network_reads_the_context_and_the_states_answer_the_prompt(self, vlm, questions):
         """Shifts from the questions, contexts from another prompt, each by itself."""
-        few = questions[:2]
-        given = {"context_site": CONTEXT, "epochs": 0, "validation": 0.5, "seed": 1}
-        answers = (["a dog", "no"], ["no", "a dog"])
-        contexts = ["Describe the image in detail."] * 2
+        few = questions[:3]
+        given = {"context_site": CONTEXT, "epochs": 0, "validation": 0.4, "seed": 1}
+        answers = (["a dog", "no", "no"], ["no", "a dog", "a dog"])
+        contexts = ["Describe the image in detail."] * 3
         apart = steering.fit_l2s(vlm, few, *answers, SITE, contexts=contexts, **given)
         plain = steering.fit_l2s(vlm, few, *answers, SITE, **given)
-        # The shifts are the same, so their size is; one row is left to the mean of the contexts.
+        # The shifts are the same, so their size is; two rows are left to the mean of the contexts.
         assert apart.scale == plain.scale
         states = [
             np.asarray(
@@ -138,9 +172,10 @@ class TestModel:
             )
             for sample in few
         ]
-        nearest = min(np.abs(apart.mean - state).max() for state in states)
-        assert nearest < 1e-3 < min(np.abs(plain.mean - state).max() for state in states)
-        with pytest.raises(ValueError, match="there are 1 contexts for 2 samples; expected one ea"):
+        means = [(a + b) / 2 for a, b in itertools.combinations(states, 2)]
+        nearest = min(np.abs(apart.mean - mean).max() for mean in means)
+        assert nearest < 1e-3 < min(np.abs(plain.mean - mean).max() for mean in means)
+        with pytest.raises(ValueError, match="there are 1 contexts for 3 samples; expected one ea"):
             steering.fit_l2s(vlm, few, *answers, SITE, contexts=["?"])
 
     def test_a_sample_whose_counterpart_is_refused_is_left_out(self, vlm, questions, fitted):
@@ -167,6 +202,20 @@ class TestModel:
             steering.fit_l2s(vlm, questions[:1], ["a"], ["b"], "layers.30")
         with pytest.raises(ValueError, match=r"sample \d+ is empty"):
             l2s.last_token_states(vlm, questions[:1], [SITE], [" "])
+
+    def test_a_state_that_is_not_finite_is_named_by_its_sample(
+        self, vlm, questions, fitted, monkeypatch
+    ):
+        states = type(vlm).states
+
+        def overflowing(self, *args, **options):
+            found = states(self, *args, **options)
+            return {site: given.at[1, -1, 0].set(np.inf) for site, given in found.items()}
+
+        monkeypatch.setattr(type(vlm), "states", overflowing)
+        told = rf"the states of sample {questions[1].id} at .*layers\.3' are not finite; load the"
+        with pytest.raises(FloatingPointError, match=told):
+            steering.fit_p2s(vlm, questions[:3], ["yes"] * 3, ["no"] * 3, SITE)
 
 
 def test_prompts_of_contexts_are_made_before_a_model_is_loaded(monkeypatch):

@@ -79,6 +79,49 @@ def test_other_vectors_targets_and_positions_run_the_same_program(vlm, questions
     assert learned._update._cache_size() == before
 
 
+def test_only_the_named_tokens_are_shifted(vlm, questions, targets, fitted):
+    """At an index before the pictures' tokens and after all others, where there is none."""
+
+    def losses(at):
+        found = steering.fit_learned(
+            vlm,
+            questions[:4],
+            targets[:4],
+            SITE,
+            start=np.full(192, 9, np.float32),
+            where={"at": at},
+            steps=1,
+            **OPTIONS,
+        )
+        assert found.where == {"at": at}
+        return found.source["history"][0]["validation"]
+
+    beyond, one, everywhere = losses([10_000]), losses([3]), losses(list(range(120)))
+    unshifted = steering.fit_learned(
+        vlm, questions[:4], targets[:4], SITE, steps=1, **OPTIONS
+    ).source["history"][0]["validation"]
+    assert beyond == pytest.approx(unshifted, rel=1e-5)
+    assert abs(one - unshifted) > 1e-4 and abs(everywhere - one) > 1e-4
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(vlm, questions, targets, fitted):
+    odd = np.full(192, np.nan)
+    with pytest.raises(FloatingPointError, match="at step 0, the loss is nan; load the model in"):
+        steering.fit_learned(vlm, questions, targets, SITE, start=odd, **OPTIONS)
+    with pytest.raises(FloatingPointError, match="at step 6, the loss is nan; lower the learning"):
+        steering.fit_learned(vlm, questions, targets, SITE, steps=6, rate=1e38, **OPTIONS)
+
+
+def test_the_width_is_that_of_the_site(vlm, questions, targets):
+    gate = next(name for name in vlm.sites if name.endswith("layers.6.mlp.gate_proj"))
+    width = vlm.site_shapes[gate][-1]
+    assert width != 192
+    found = steering.fit_learned(vlm, questions[:4], targets[:4], gate, steps=1, **OPTIONS)
+    assert found.vector.shape == (width,) and np.any(found.vector)
+    with pytest.raises(ValueError, match=rf"start has shape \(192,\); .* have width {width}"):
+        steering.fit_learned(vlm, questions, targets, gate, start=np.ones(192))
+
+
 def test_each_step_is_waited_for(vlm, questions, targets, fitted, waited_for):
     values = waited_for(learned)
     steering.fit_learned(vlm, questions, targets, SITE, steps=3, rate=0.05, **OPTIONS)
@@ -119,6 +162,11 @@ def test_messages(vlm, questions, targets):
         steering.fit_learned(vlm, questions, targets[:3], SITE)
     with pytest.raises(ValueError, match="where is a mask"):
         steering.fit_learned(vlm, questions, targets, SITE, where=np.ones((24, 90)))
+    with pytest.raises(ValueError, match="where is a mask or has indices for each row"):
+        steering.fit_learned(vlm, questions, targets, SITE, where={"at": np.ones((24, 2), int)})
+    for name in ("steps", "batch_size", "evaluate_every", "patience"):
+        with pytest.raises(ValueError, match=f"{name} is 0; expected at least 1"):
+            steering.fit_learned(vlm, questions, targets, SITE, **{name: 0})
     with pytest.raises(ValueError, match="nothing can be learnt at site"):
         steering.fit_learned(vlm, questions, targets, "multi_modal_projector")
 

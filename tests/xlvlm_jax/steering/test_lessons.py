@@ -1,5 +1,6 @@
 """Counterparts by label: questions about one image that tell what is there from what is not."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,29 @@ def test_labels_exchanged_exchange_the_sides():
 def test_no_counterpart():
     with pytest.raises(ValueError, match="no image has a question whose label is yes and one"):
         steering.contrast_labels([ASKED[3], ASKED[6]])
+
+
+def test_images_without_an_id_are_told_apart_by_their_files():
+    nameless = [dataclasses.replace(each, image_id="") for each in ASKED]
+    assert steering.contrast_labels(nameless) == steering.contrast_labels(ASKED)
+
+
+@pytest.mark.wrong_types  # a stand-in takes the place of Features
+def test_prompts_about_images_without_an_id_are_contrasted_image_by_image(stored):
+    rows = [("a.png", "dog?", "yes"), ("a.png", "car?", "no"), ("b.png", "cat?", "yes")]
+    opened = stored(
+        *(
+            {"image": image, "image_id": None, "prompt": prompt, "prediction": said}
+            for image, prompt, said in rows
+        )
+    )
+    opened.path = "features"
+    asked = steering.Request(opened, "s", ["yes"], ["no"], options={"contrast": "prompt"})
+    found = steering.method_named("p2s").examples(asked)
+    assert {sample.prompt: there for sample, there in zip(found[0], found[1], strict=True)} == {
+        "dog?": "car?",  # about "b.png" there is no other prompt
+        "car?": "car?",
+    }
 
 
 @pytest.mark.wrong_types  # a stand-in takes the place of Features

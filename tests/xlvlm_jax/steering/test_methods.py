@@ -5,6 +5,7 @@ import pytest
 
 from xlvlm_jax import SteeringVector, steering
 from xlvlm_jax.features.reader import Features
+from xlvlm_jax.steering import methods
 from xlvlm_jax.steering.methods import METHODS, Fitted, Method, Request, method_named
 
 from .conftest import SITE
@@ -43,6 +44,32 @@ def test_a_coarse_vector_by_its_record(features):
     expected = steering.fit_coarse(opened, SITE, ["yes"], ["no"])
     np.testing.assert_array_equal(vector.vector, expected.vector)
     assert vector.source == expected.source
+
+
+class _CalledError(Exception):
+    pass
+
+
+def test_options_left_out_are_those_of_the_fit_functions(vlm, features, monkeypatch):
+    def call(*_, **options):
+        raise _CalledError(options)
+
+    opened = Features.open(features)
+    with pytest.raises(ValueError, match="method 'fine' needs the option num_concepts"):
+        METHODS["fine"].fit(Request(opened, SITE))
+    asked = Request(opened, SITE, ["yes"], ["no"], num_samples=2, keep=1.0)
+    for name in ("l2s", "p2s", "vti-text"):
+        examples = METHODS[name].examples(asked)
+        assert examples.towards[:2] == ["no", "no"]  # completions
+        monkeypatch.setattr(methods, f"fit_{name.replace('-', '_')}", call)
+        with pytest.raises(_CalledError) as called:
+            METHODS[name].fit(asked, examples, vlm)
+        (options,) = called.value.args
+        assert options.items() >= {"contrast": "completion", "states": "last"}.items()
+        assert options.get("context_site") is None
+    for name in ("learned", "p2s"):
+        with pytest.raises(ValueError, match="there are no source or no target answers to learn"):
+            METHODS[name].examples(Request(opened, SITE, ["yes"]))
 
 
 def test_examples_say_how_many_are_steered(features):

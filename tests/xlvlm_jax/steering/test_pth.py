@@ -53,6 +53,11 @@ def test_vectors_that_torch_reads(tmp_path):
     assert read["steering_vector_mean_of_directions"].tolist() == [0, 0]
     with pytest.raises(ValueError, match="export each by itself"):
         steering.export_vectors([one, one], tmp_path / "no.pth")
+    with pytest.raises(ValueError, match="there are no vectors to export; expected one or more"):
+        steering.export_vectors([], tmp_path / "no.pth")
+    with pytest.raises(ValueError, match="two vectors lead from concept 0 to 1, and would have"):
+        steering.export_vectors([fine(0, 1, concepts)] * 2, tmp_path / "no.pth")
+    assert not (tmp_path / "no.pth").exists()
 
 
 def test_shifts_of_concepts_by_hand():
@@ -74,7 +79,8 @@ def test_a_network_that_torch_saved(tmp_path):
     contexts = torch.randn(3, 6)
     expected = network["decoder"](torch.tanh(network["encoder"](contexts))).detach().numpy()
     torch.save(network.state_dict(), tmp_path / "net.pt")
-    torch.save({"steering_model": network.state_dict(), "epoch": 3}, tmp_path / "in.pt")
+    # Other entries are not read.
+    torch.save({"steering_model": network.state_dict() | {"name": "net"}}, tmp_path / "in.pt")
     for name in ("net.pt", "in.pt"):
         read = steering.import_l2s(tmp_path / name, "layers.15", context_site="layers.30")
         np.testing.assert_allclose(read.shift(contexts.numpy()), expected, rtol=1e-5, atol=1e-6)

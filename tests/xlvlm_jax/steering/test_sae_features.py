@@ -5,6 +5,7 @@ import pytest
 
 from xlvlm_jax import Features, evaluation, sae, steering
 from xlvlm_jax.features.writer import FeaturesWriter
+from xlvlm_jax.steering import sae_features
 
 D, K = 6, 10
 
@@ -96,6 +97,23 @@ def test_by_hand(features, less_one):
     # The code of the first feature becomes 5; the rest of the state stays.
     edited = clamp.edits()["s"](features.matrix("s"))
     np.testing.assert_allclose(edited, [[6, 3, 1], [6, 3, 1], [6, 1, 1], [6, 3, 1]])
+
+
+@pytest.mark.parametrize("number", [1, 5, 8, 13])
+def test_mean_codes_of_any_number_of_rows(number, monkeypatch):
+    """The last block is filled up; the parameters are arguments of the program."""
+    monkeypatch.setattr(sae_features, "ROWS", 4)
+    rows = np.random.default_rng(2).normal(size=(number, D)).astype(np.float32)
+    for found in (dictionary("standard"), dictionary("topk", k=4)):
+        # A row of zeros, as it is filled up with, has codes of its own.
+        assert np.any(found.encode(rows[:1] * 0))
+        expected = np.asarray(found.encode(rows)).mean(axis=0)
+        np.testing.assert_allclose(sae_features._mean_codes(found, rows), expected, atol=1e-5)
+    before = sae_features._sum_of_codes._cache_size()
+    other = dictionary("topk", k=4)
+    other.params["W_enc"] = 2 * other.params["W_enc"]
+    sae_features._mean_codes(other, rows)
+    assert sae_features._sum_of_codes._cache_size() == before
 
 
 def test_messages(features, less_one):

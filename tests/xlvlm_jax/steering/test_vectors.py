@@ -9,6 +9,7 @@ import safetensors.numpy
 from sklearn.cluster import KMeans
 
 from xlvlm_jax import Concepts, SteeringVector, steering
+from xlvlm_jax.steering import vectors
 from xlvlm_jax.storage.same_model import model_of
 
 KEY = jax.random.key(0)
@@ -51,6 +52,19 @@ def test_fine_vectors_lead_from_centroid_to_centroid():
         # A centroid, steered, is the other centroid.
         moved = fine.concepts.components[concept] + fine.vectors[concept]
         np.testing.assert_allclose(moved, fine.concepts.components, atol=1e-4)
+
+
+def test_a_state_that_activates_nothing_belongs_to_no_concept(monkeypatch):
+    codes = np.float32([[0, 2], [0, 0], [3, 1], [0, 0], [-1, 0]])
+    monkeypatch.setattr(vectors, "decompose", lambda rows, *_, key: Concepts(np.eye(2), rows))
+
+    def assignment(rows):
+        return steering.fine_vectors(rows, 2, key=KEY).assignment
+
+    for found in (assignment(codes), jax.jit(assignment)(codes)):
+        assert found.tolist() == [1, -1, 0, -1, 1]
+    fine = steering.fine_vectors(codes, 2, key=KEY)
+    assert [fine.samples(k).tolist() for k in (0, 1)] == [[2], [0, 4]]
 
 
 @pytest.mark.wrong_types
@@ -127,13 +141,43 @@ class TestVectorOnDisk:
             (SteeringVector(np.ones(2), "layers.4", SOURCE, {"from": 4}), "site layers.3"),
             (SteeringVector(np.ones(3), "layers.3", SOURCE, {"from": 4}), "width 2 and 3"),
             (SteeringVector(np.ones(2), "layers.3", SOURCE), "where {'from': 4} and all"),
-            (SteeringVector(np.ones(2), "layers.3", {}, {"from": 4}), "fingerprint f and None"),
+            (
+                SteeringVector(np.ones(2), "layers.3", {"fingerprint": "g"}, {"from": 4}),
+                "fingerprint f and g",
+            ),
         ],
         ids=["site", "width", "where", "model"],
     )
     def test_unlike_ones_do_not_add_up(self, other, what):
         with pytest.raises(ValueError, match=f"cannot add vectors of {what}.*; expected the same"):
             self.VECTOR + other
+
+    def test_one_of_an_unknown_model_is_added_to_any(self):
+        imported = SteeringVector(np.ones(2), "layers.3", {"method": "imported"}, {"from": 4})
+        for both in (self.VECTOR + imported, imported + self.VECTOR):
+            assert (both.source["model"], both.source["fingerprint"]) == ("m", "f")
+        elsewhere = dataclasses.replace(imported, site="layers.4")
+        for pair in ([self.VECTOR, elsewhere], [elsewhere, self.VECTOR]):
+            joined = steering.SiteVectors.of(pair)
+            assert joined.source["fingerprint"] == "f"
+        assert "fingerprint" not in (imported + imported).source
+
+    def test_positions_may_be_arrays(self, tmp_path):
+        at = {"at": np.array([1, 3])}
+        vector = SteeringVector(np.float32([1, -2]), "layers.3", {"rows": np.int64(3)}, at)
+        assert (vector + dataclasses.replace(vector, where={"at": [1, 3]})).where is at
+        with pytest.raises(ValueError, match=r"where \{'at': \[1, 3\]\} and \{'at': \[1\]\}"):
+            vector + dataclasses.replace(vector, where={"at": np.array([1])})
+        other = dataclasses.replace(vector, site="layers.4", where={"at": np.array([1, 3])})
+        both = steering.SiteVectors.of([vector, other])
+        mask = dataclasses.replace(vector, where=np.array([[True, False]]))
+        for name, each in (("v", vector), ("both", both), ("mask", mask)):
+            each.save(tmp_path / name)
+        assert steering.load(tmp_path / "v").where == {"at": [1, 3]}
+        assert steering.load(tmp_path / "v").source == {"rows": 3}
+        assert steering.load(tmp_path / "both").where == {"at": [1, 3]}
+        (edit,) = steering.load(tmp_path / "mask").edits().values()
+        np.testing.assert_array_equal(edit.mask, [[True, False]])
 
     def test_becomes_an_edit_at_its_positions(self):
         ones = np.ones((1, 6, 2), np.float32)
@@ -163,6 +207,14 @@ class TestVectorOnDisk:
             SteeringVector.load(path)
         SteeringVector(np.float32([1, np.nan]), "layers.3").save(path)
         with pytest.raises(ValueError, match="vector has NaN; fit it again, on states"):
+            steering.load(path)
+        steering.SampleVectors(np.full((1, 2), np.nan, np.float32), ("a",), "layers.3").save(path)
+        with pytest.raises(ValueError, match="vectors has NaN; fit it again, on states"):
+            steering.load(path)
+        params = {"hidden": {"kernel": np.ones((2, 1)), "bias": np.ones(1) * np.nan}}
+        params["shift"] = {"kernel": np.ones((1, 2)), "bias": np.ones(2)}
+        steering.L2S(params, np.zeros(2), np.ones(2), 1.0, "layers.1", "layers.3").save(path)
+        with pytest.raises(ValueError, match=r"hidden\.bias has NaN; fit it again, on states"):
             steering.load(path)
 
 
