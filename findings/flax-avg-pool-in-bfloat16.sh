@@ -5,8 +5,8 @@
 # A mean lies between the smallest and the largest number, and jnp.mean and PyTorch's avg_pool2d add up bfloat16 in
 # more than bfloat16. One would guess that the average over a window does too. It adds in the dtype of its input, one
 # number at a time, and such a sum of ones stops at 256: the 576 patches of a picture of 336 pixels have a mean of
-# 256/576. Windows of 16 numbers, as some models pool, lose digits only, of which nothing reminds. Cast to float32
-# before. (Compiled for a TPU v5e, the sum is in bfloat16 too; it was not run there.)
+# 256/576. Windows of 16 numbers lose digits only. Cast to float32 before. (Compiled for a TPU v5e, the sum is in
+# bfloat16 too; it was not run there.)
 #
 # Output seen (pictures of ones; 4 x 4, 24 x 24 and 32 x 32 pooled to one number):
 #   nn.avg_pool: float32 1.000 1.000 1.000, bfloat16 1.000 0.445 0.250
