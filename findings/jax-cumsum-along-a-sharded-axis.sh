@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# jax 0.10.2 on eight CPU devices (0.12.0.1 likewise): `jnp.cumsum` along a sharded axis is quadratic in its length, and
-# stops at 256 in bfloat16.
+# jax 0.10.2 on eight CPU devices (0.12.0.1 likewise): `jnp.cumsum` along a sharded axis takes a number of operations
+# that is quadratic in its length, and stops at 256 in bfloat16.
 #
 # A sharding says where an array lies, so one would guess that it changes the last digit at most, and costs an exchange
-# of eight sums. On one device, cumsum is rewritten into blocks of some 16 numbers. Along an axis that is split, it keeps
-# one window as long as the whole axis: every device has all of it and adds up, for each of its own numbers, all those
-# before it, one at a time, each sum rounded to bfloat16. 65,536 float32 numbers need 480 times as many operations on
-# each of the eight devices as on one alone, and ones in bfloat16 are counted to 256. cumlogsumexp is wrong likewise. Along
-# another axis than the split one, or by lax.associative_scan, all is as one would guess. Compiled for four chips of a
-# TPU v5e, the same program is rewritten into blocks.
+# of eight sums. On one device, cumsum is rewritten into blocks of some 16 numbers. Along an axis that is split, it
+# keeps one window as long as the whole axis: every device has all of it and adds up, for each of its own numbers, all
+# those before it, one at a time, each sum rounded to bfloat16. 65,536 float32 numbers need 480 times as many operations
+# on each of the eight devices as on one alone, and ones in bfloat16 are counted to 256. cumlogsumexp is wrong likewise.
+# Along another axis than the split one, or by lax.associative_scan, all is as one would guess. Compiled for four chips
+# of a TPU v5e, the same program is rewritten into blocks.
 #
 # Output seen:
 #   last of 4,096 ones in bfloat16: one device 4096, eight devices 256, eight devices by associative_scan 4096
