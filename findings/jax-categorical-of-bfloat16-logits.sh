@@ -11,7 +11,7 @@
 #
 # Output seen:
 #   10,000 equal logits, share of draws from the first 1,000: float32 0.10, float16 0.63, bfloat16 1.00
-#   the same in bfloat16 by mode="high": 0.13
+#   the same in bfloat16 by mode="high": 0.14
 #   a class of 0.005: float32 0.0049, bfloat16 0.0022
 #   bernoulli(0.001): float32 0.0010, bfloat16 0.0077
 #   normal of bfloat16, a million: 128 different values, from -2.89 to 2.52
