@@ -282,6 +282,11 @@ class LoadedModel:
                 tokenizer, self.module.num_embeddings, self.image_tokens, self.directory
             )
 
+    @property
+    def processor_directory(self) -> Path | None:
+        """Directory of the checkpoint whose processor is used; None without a checkpoint."""
+        return self.directory if self._processor_directory is None else self._processor_directory
+
     def with_processor(self, directory: Path) -> Self:
         """Returns the model with the processor and tokenizer of another checkpoint.
 
@@ -297,11 +302,9 @@ class LoadedModel:
 
     def _directory_of(self, what: str) -> Path:
         """Returns the directory that holds it; raises ValueError if there is none."""
-        if self._processor_directory is not None:
-            return self._processor_directory
-        if self.directory is None:
+        if self.processor_directory is None:
             raise ValueError(f"the model has no directory and so no {what}; use ports.load")
-        return self.directory
+        return self.processor_directory
 
     def example_inputs(self, batch: int = 1) -> dict[str, Any]:
         """Returns shapes and dtypes (`jax.ShapeDtypeStruct`) of a batch with one image per row."""

@@ -78,10 +78,12 @@ def load(
     template = ("{question}" if describes else prompts.QUESTION) if prompt is None else prompt
     directory = Path(directory)
     truth_path = files.resolve(directory, annotations, "data/annotations.json")
-    truths = {
-        files.get(record, "id", int, truth_path, place, _ANNOTATIONS): (place, record)
-        for place, record in _records(truth_path, _ANNOTATIONS)
-    }
+    truths: dict[int, tuple[str, Any]] = {}
+    for place, record in _records(truth_path, _ANNOTATIONS):
+        number = files.get(record, "id", int, truth_path, place, _ANNOTATIONS)
+        if number in truths:
+            raise ValueError(f"{truth_path}: {place}: id {number} is a duplicate")
+        truths[number] = place, record
     found = (directory / name for name in ("image", "images"))
     folder = next((each for each in found if each.is_dir()), directory)
     dimensions = SPLITS if split == "all" and questions is None else (split,)
@@ -130,12 +132,14 @@ def word_lists(directory: str | os.PathLike[str]) -> WordLists:
         raise ValueError(f"{path}: expected an object of lists of words, as AMBER's relation.json")
     safe = Path(directory) / "data/safe_words.txt"
     try:
-        lines = safe.read_text("utf-8-sig").splitlines()
+        lines = [line.strip() for line in safe.read_text("utf-8-sig").splitlines()]
     except FileNotFoundError:
         raise FileNotFoundError(f"{safe}: no such file; it is part of AMBER's data") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{safe}: byte {error.start}: not UTF-8") from None
-    return WordLists({name: tuple(words) for name, words in content.items()}, tuple(lines))
+    return WordLists(
+        {name: tuple(words) for name, words in content.items()}, tuple(filter(None, lines))
+    )
 
 
 _QUERIES = "AMBER's queries (query_*.json)"

@@ -14,7 +14,8 @@ MAX_SIDE = 12_000
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
     """Returns the first frame of an image file, in mode RGB, rotated by its EXIF orientation.
 
-    Transparent parts become white; 16-bit values are scaled to 8 bits.
+    Transparent parts become white; 16-bit values are scaled to 8 bits (in a 32-bit file if any is
+    above 255).
 
     Args:
         path: the image file.
@@ -89,7 +90,9 @@ def _rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise _DepthError("32-bit pixels")
-        image = Image.fromarray((values >> 8).astype(np.uint8))
+        # 32-bit files of 8-bit values are common: those are not scaled.
+        is_wide = image.mode != "I" or values.max() > 255
+        image = Image.fromarray((values >> 8 if is_wide else values).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

@@ -7,8 +7,8 @@
 
 "type" is optional: the kind of question, by which scores are shown too, such as "real", "random"
 and "adversarial" for the recognition questions of HalluScope (Khayatan et al. 2026, arXiv
-2604.21911), whose own files are not published yet. "id" is optional too; without it the number of
-the line counts.
+2604.21911), whose own files are not published yet. "id" is optional too; without it the
+number of the line counts ("line 3" where another line has the id 3).
 """
 
 import os
@@ -46,7 +46,11 @@ def load(
     path = files.resolve(Path(directory), questions, "questions.jsonl")
     samples: dict[str, Sample] = {}
     types: dict[str, None] = {}
-    for place, record in files.read_lines(path):
+    records = files.read_lines(path)
+    given = {
+        str(record["id"]) for _, record in records if isinstance(record, dict) and "id" in record
+    }
+    for place, record in records:
         image = files.get(record, "image", str, path, place, _FORM)
         question = files.get(record, "question", str, path, place, _FORM)
         label = files.get(record, "label", str, path, place, _FORM)
@@ -56,6 +60,8 @@ def load(
         number = place.removeprefix("line ")
         if "id" in record:
             number = str(files.get(record, "id", (str, int), path, place))
+        elif number in given:
+            number = place
         if number in samples:
             raise ValueError(f"{path}: {place}: id {number} is a duplicate")
         if kind is not None:

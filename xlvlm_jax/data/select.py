@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -177,6 +178,8 @@ def of_images(samples: Sequence[Sample], image_ids: Iterable[str | int]) -> list
 def of_samples(samples: Sequence[Sample], ids: Iterable[str | int]) -> list[Sample]:
     """Returns the samples with these ids: for VQAv2, those of questions.
 
+    Warns of ids that no sample has.
+
     Args:
         samples: samples to choose from.
         ids: ids, as text or numbers.
@@ -184,7 +187,16 @@ def of_samples(samples: Sequence[Sample], ids: Iterable[str | int]) -> list[Samp
     Raises:
         ValueError: there are none.
     """
-    return _with_ids(samples, ids, lambda sample: sample.id, "ids")
+    wanted = dict.fromkeys(str(each) for each in ids)
+    kept = _with_ids(samples, wanted, lambda sample: sample.id, "ids")
+    found = {sample.id for sample in kept}
+    if lacking := [each for each in wanted if each not in found]:
+        warnings.warn(
+            f"no sample of {len(samples)} has {len(lacking)} of the {len(wanted)} ids, such as "
+            f"{lacking[0]!r}",
+            stacklevel=2,
+        )
+    return kept
 
 
 def _with_ids(
@@ -258,6 +270,9 @@ def _listed_ids(path: Path) -> list[str]:
             raise ValueError(
                 f"{path}: byte {error.start}: not text in UTF-8; expected ids, one per line"
             ) from None
+    odd = [x for x in content if not isinstance(x, str | int) or isinstance(x, bool)]
+    if odd:
+        raise ValueError(f"{path}: has {odd[0]!r:.40} among the ids; expected texts or numbers")
     ids = [text for value in content if (text := str(value).strip())]
     if not ids:
         raise ValueError(f"{path}: has no ids; expected a JSON list, or one per line")
@@ -305,6 +320,10 @@ def subsample(samples: Sequence[Sample], n: int | None, seed: int | None = 0) ->
 
 
 def _draw(sample_id: str, seed: int) -> bytes:
-    # surrogateescape: a file name need not be UTF-8
-    text = f"{seed}/{sample_id}".encode(errors="surrogateescape")
-    return hashlib.blake2b(text, digest_size=16).digest()
+    # A file's name need not be UTF-8, and JSON may hold other lone surrogates.
+    text = f"{seed}/{sample_id}"
+    try:
+        content = text.encode(errors="surrogateescape")
+    except UnicodeEncodeError:
+        content = text.encode(errors="surrogatepass")
+    return hashlib.blake2b(content, digest_size=16).digest()

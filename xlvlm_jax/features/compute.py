@@ -41,7 +41,7 @@ class Pass(NamedTuple):
     """States before the selection of rows, on the device and perhaps still being computed."""
 
     kind: str  # "forced", "generated", or "sequence" for prompt and generated part
-    mask: np.ndarray  # int[B, T], attention mask of the prompt
+    lengths: np.ndarray  # int32[B], tokens of each prompt
     positions: token_positions.Positions
     searched: token_positions.AnyArray  # int32[B, P], tokens to search for words
     states: dict[str, Any]
@@ -143,12 +143,14 @@ def _pass(
 ) -> Pass:
     mask = inputs["attention_mask"]
     selection = model.settings.selection
+    # Without the prompt, one program serves all its lengths.
+    prompt = (None, None) if kind == "generated" else (inputs["input_ids"], mask)
     positions, searched = _positions(
-        kind, selection, vlm.eos_tokens, vlm.image_tokens, inputs["input_ids"], mask, answer
+        kind, selection, vlm.eos_tokens, vlm.image_tokens, *prompt, answer
     )
     # The host looks for words in these, and arrays of one device do not mix with global ones.
     positions, searched = hosts.readable((positions, searched), vlm.mesh)
-    return Pass(kind, mask, positions, searched, states)
+    return Pass(kind, mask.sum(1, dtype=np.int32), positions, searched, states)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -157,12 +159,13 @@ def _positions(
     selection: Selection,
     end_ids: tuple[int, ...],
     image_tokens: tuple[int, ...],
-    ids: jax.Array,
-    mask: jax.Array,
+    ids: jax.Array | None,
+    mask: jax.Array | None,
     answer: jax.Array,
 ) -> tuple[token_positions.Positions, token_positions.AnyArray]:
     """Returns the positions and `token_positions.searched` of a batch.
 
+    ids, mask: int[B, T] of the prompt; not needed for "generated".
     answer: generated tokens [B, M], or the mask of forced tokens [B, T].
     """
     if kind == "forced":
@@ -187,7 +190,7 @@ def _rows(
     found = None if model.finder is None else model.finder(made.searched)
     selection = model.settings.selection
     ends = (*model.vlm.eos_tokens, *selection.end_ids(model.vlm.tokenizer))
-    arrays = made.mask, made.positions, found, chosen, made.states
+    arrays = made.lengths, made.positions, found, chosen, made.states
     return _select(selection, ends, made.kind, *arrays)
 
 
@@ -196,7 +199,7 @@ def _select(
     selection: Selection,
     end_ids: tuple[int, ...],
     kind: str,
-    mask: jax.Array,
+    lengths: jax.Array,
     positions: token_positions.Positions,
     found: jax.Array | None,
     chosen: jax.Array | None,
@@ -204,7 +207,8 @@ def _select(
 ) -> token_positions.SelectedRows:
     """Returns the rows of a batch.
 
-    found: positions of its words, int32[B, 2]; chosen: its chosen image tokens, bool[B, T].
+    lengths: tokens of each prompt, int32[B]; found: positions of its words, int32[B, 2]; chosen:
+    its chosen image tokens, bool[B, T].
     """
     if kind == "sequence":
         # The last prompt state predicted the first token, so it is in both parts.
@@ -215,5 +219,5 @@ def _select(
     rows = selection.rows(states, positions, found=found, end_ids=end_ids, chosen=chosen)
     if kind == "generated":
         # Counted from the start of the sequence, as in the other two kinds.
-        rows = rows._replace(position=rows.position + mask.sum(1, dtype=jnp.int32)[:, None] - 1)
+        rows = rows._replace(position=rows.position + lengths[:, None] - 1)
     return rows

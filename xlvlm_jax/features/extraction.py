@@ -1,7 +1,8 @@
 """Extracts features from data with a model: rows of Z for every captured site, batch by batch.
 
 Images are read and preprocessed ahead of the model; while one batch is computed, the previous one
-is written. Only the selected rows leave the device.
+is written. Only the selected rows leave the device (with "each" row of a word, as many as there are
+positions).
 """
 
 import dataclasses
@@ -25,12 +26,12 @@ from xlvlm_jax.features import multi_host
 from xlvlm_jax.features.compute import EditsFor, ExtractionModel
 from xlvlm_jax.features.manifest import manifest_of
 from xlvlm_jax.features.pipeline import Clock, reference, run_groups
-from xlvlm_jax.features.preflight import disk_needs, require_disk
+from xlvlm_jax.features.preflight import disk_needs, require_disk, sites_of
 from xlvlm_jax.features.reader import Features
 from xlvlm_jax.features.settings import ExtractionSettings, ExtractionSummary
 from xlvlm_jax.features.writer import FeaturesWriter
 from xlvlm_jax.storage.pictures import name_in
-from xlvlm_jax.storage.same_model import adapter_of, checkpoint_of
+from xlvlm_jax.storage.same_model import adapter_of, checkpoint_of, processor_of
 
 Progress = Callable[[int, int, int], None]
 
@@ -68,7 +69,8 @@ def extract(
             once; in generation each continues with its own tokens, and `tokens` and `positions` are
             the model's.
         edits: (vlm, inputs) -> the edits under which states are captured, see `VLM.generate`.
-        steering: what these edits are, as JSON values; kept in the manifest.
+        steering: what these edits are, as JSON values; kept in the manifest, so that a run is only
+            resumed with the same ones. Needed with `edits`.
         source: where the samples come from, JSON values; kept in the manifest.
         strict: stop at an image that can't be read, a sample that the processor refuses, or a state
             that is NaN, Inf or beyond the dtype on disk, instead of recording and skipping the
@@ -82,9 +84,10 @@ def extract(
         counts of the whole directory, and timings of this run.
 
     Raises:
-        ValueError: a site is unknown, there are no samples, the directory was started with other
-            arguments, the selection keeps nothing of any sample (the words are named), or, if
-            strict, a sample gives no rows.
+        ValueError: a site is unknown or lacks a state at some positions, there are no samples, the
+            directory was started with other arguments or pictures, `edits` come without `steering`,
+            the selection keeps nothing of any sample (the words are named), or, if strict, a sample
+            gives no rows.
         OSError: the directory can't be written, or its disk has no room for all rows that the
             samples may give.
     """
@@ -92,6 +95,11 @@ def extract(
     if edits is not None and finetuned is not None and settings.mode == "teacher-forcing":
         raise ValueError(
             "states of two models under teacher forcing can't be steered; extract each by itself"
+        )
+    if edits is not None and steering is None:
+        raise ValueError(
+            "edits are given without steering, which says what they are; pass it, so that the run "
+            "is only resumed with the same edits"
         )
     if not samples:
         raise ValueError(
@@ -101,8 +109,7 @@ def extract(
     if settings.mode == "teacher-forcing":
         for sample in samples:
             reference(sample)
-    generated = settings.mode == "generate" or finetuned is not None
-    sites = vlm.check_sites(settings.sites, generated=generated, one_state=True)
+    sites = sites_of(vlm, settings)
     settings = dataclasses.replace(settings, sites=sites)
     finder = settings.selection.finder(vlm.tokenizer)
     arguments = {
@@ -182,6 +189,7 @@ class _Run:
 def _alone(run: _Run, progress: Progress | None) -> None:
     """Writes one batch after another into the final features."""
     with run.open() as writer:
+        root = run.record_pictures(writer)
         if writer.complete:
             return
 
@@ -191,7 +199,6 @@ def _alone(run: _Run, progress: Progress | None) -> None:
                 progress(writer.samples_done, len(run.samples), writer.rows_done)
 
         left = run.samples[writer.samples_done :]
-        root = run.record_pictures(writer)
         run.write(groups_of(left, run.model.settings.batch_size), commit, root)
         _complete(run, writer)
 
@@ -201,7 +208,7 @@ def _together(run: _Run, progress: Progress | None) -> None:
     writer, begun = _begin_on_host_0(run)
     if begun.complete:
         return
-    done, rows = begun.done, 0
+    done, rows = begun.done, begun.rows
 
     def commit(number: int, *batch: Any) -> None:
         nonlocal done, rows
@@ -232,6 +239,7 @@ class _Begun(NamedTuple):
 
     complete: bool
     done: int  # number of samples
+    rows: int
     root: Path | None  # what the names of pictures are relative to
 
 
@@ -239,23 +247,30 @@ def _begin_on_host_0(run: _Run) -> tuple[FeaturesWriter | None, _Begun]:
     """Opens the output on host 0 alone, and tells all hosts what is there.
 
     Raises:
-        ValueError: it can't be opened. Raised on every host, so that none waits for another.
+        OSError: it can't be written. Raised on every host, so that none waits for another.
+        ValueError: it can't be opened, as for `FeaturesWriter`; on every host too.
     """
     writer, told = None, {}
     if hosts.is_first():
         try:
             writer = run.open()
-            told = {"complete": writer.complete, "done": writer.samples_done}
-            if not writer.complete:
-                root = run.record_pictures(writer)
-                told["root"] = None if root is None else str(root)
+            root = run.record_pictures(writer)
+            told = {
+                "complete": writer.complete,
+                "done": writer.samples_done,
+                "rows": writer.rows_done,
+                "root": None if root is None else str(root),
+            }
         except (OSError, ValueError) as error:
-            told = {"error": str(error)}
+            told = {"error": str(error), "is OSError": isinstance(error, OSError)}
+            if writer is not None:
+                writer.release()
     told = hosts.tell(told)
     if "error" in told:
-        raise ValueError(told["error"])
+        raise (OSError if told["is OSError"] else ValueError)(told["error"])
     root = told.get("root")
-    return writer, _Begun(told["complete"], told["done"], None if root is None else Path(root))
+    root = None if root is None else Path(root)
+    return writer, _Begun(told["complete"], told["done"], told["rows"], root)
 
 
 def _over_hosts(run: _Run, progress: Progress | None) -> None:
@@ -295,7 +310,7 @@ def _over_hosts(run: _Run, progress: Progress | None) -> None:
 def _complete(run: _Run, writer: FeaturesWriter) -> None:
     if writer.rows_done == 0:
         reason = _why_no_rows(run.output, run.model)
-        shutil.rmtree(run.output)
+        writer.remove()
         raise ValueError(reason)
     writer.close()
 
@@ -308,7 +323,7 @@ def _described(vlm: VLM, settings: ExtractionSettings) -> dict[str, Any]:
         described["generation_config"] = vlm.logits_options
     if vlm.adapter is not None:
         described |= adapter_of(vlm)
-    return described
+    return described | processor_of(vlm)
 
 
 def _digest(samples: Sequence[Sample]) -> str:

@@ -29,6 +29,7 @@ from xlvlm_jax.features.writer import FeaturesWriter
 BATCHES = 16
 FOLDER = "parts"
 _POLL_SECONDS = 0.2
+_LATE_SECONDS = 60
 
 
 class Block(NamedTuple):
@@ -137,7 +138,8 @@ def merge_ready(writer: FeaturesWriter, blocks: Sequence[Block], batch_size: int
             break
         for batch in _batches_of(block, writer.samples_done, batch_size):
             writer.append(*batch)
-        shutil.rmtree(block.path)
+        # What its host has open meanwhile, `merge_all` removes.
+        shutil.rmtree(block.path, ignore_errors=True)
     return writer.samples_done - began
 
 
@@ -156,17 +158,23 @@ def await_whole(output: Path) -> None:
     """Waits, on hosts other than 0, until the features are complete.
 
     Raises:
-        ValueError: host 0 gave up and removed the directory; its own message says why.
+        ValueError: host 0 gave up and removed its features; its own message says why.
     """
+    missing = 0
     while not _is_complete(output):
-        if not output.exists():
+        missing = 0 if (output / "manifest.json").exists() else missing + 1
+        # A directory that was there before the run stays; a disk over a network shows files late.
+        if not output.exists() or missing * _POLL_SECONDS > _LATE_SECONDS:
             raise ValueError(f"{output}: host 0 ended without features; its message says why")
         time.sleep(_POLL_SECONDS)
 
 
 def _is_whole(block: Block) -> bool:
+    """Returns whether all of a block is committed, and its host writes no more."""
     state = manifest_of(block.path)
-    return state is not None and state["samples"] == block.stop - block.start
+    if state is None or state["samples"] != block.stop - block.start:
+        return False
+    return state["complete"] or block.complete
 
 
 def _is_complete(path: Path) -> bool:

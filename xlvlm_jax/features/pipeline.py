@@ -17,6 +17,8 @@ from xlvlm_jax.features.compute import Computed, ExtractionModel, Ran, run, sele
 from xlvlm_jax.features.image_cells import BatchCells, Cells, cells_of
 from xlvlm_jax.features.settings import ExtractionSettings
 
+_OF_A_RUN = ("error", "prediction", "finetuned prediction")  # what a run adds to a sample
+
 # Takes the number of a group and the arguments of `FeaturesWriter.append`.
 Commit = Callable[..., None]
 
@@ -136,6 +138,9 @@ def _cells(model: ExtractionModel, batch: Batch) -> BatchCells | None:
 def _fetch(model: ExtractionModel, batch: Batch, result: Any, strict: bool) -> tuple[Any, ...]:
     """Returns the arguments of `FeaturesWriter.append` for a batch; waits for the device."""
     described = [sample.to_dict() for sample in batch.samples]
+    for entry in described:  # of an earlier run, if the samples come from its features
+        for name in _OF_A_RUN:
+            entry.pop(name, None)
     for entry, error in zip(described, batch.errors, strict=True):
         if error is not None:
             entry["error"] = error

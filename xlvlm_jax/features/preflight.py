@@ -46,6 +46,27 @@ class ExtractionNeeds(NamedTuple):
         return self.disk <= self.free
 
 
+def sites_of(vlm: VLM, settings: ExtractionSettings) -> tuple[str, ...]:
+    """Returns the sites that the settings name, all with a state at every position of a selection.
+
+    Args:
+        vlm: the model.
+        settings: what to extract.
+
+    Raises:
+        ValueError: a site is unknown, or its states do not lie at these positions: those of the
+            vision tower belong to patches, and of the head a prompt has only the last.
+    """
+    sites = vlm.check_sites(settings.sites, generated=True, one_state=True)
+    prompts = settings.mode == "teacher-forcing" or not settings.selection.generated_only
+    if prompts and vlm.head in sites:
+        raise ValueError(
+            f"site {vlm.head!r} has no states for the tokens of prompts; generate with "
+            "--generated-only, or choose sites below it"
+        )
+    return sites
+
+
 def disk_needs(
     vlm: VLM, samples: Sequence[Sample], settings: ExtractionSettings, *, models: int = 1
 ) -> tuple[int, int]:
@@ -116,8 +137,7 @@ def preflight(
         ValueError: as for `extract`, or none of the examined images can be read.
     """
     output = Path(output)
-    sites = vlm.check_sites(settings.sites, generated=settings.mode == "generate", one_state=True)
-    settings = dataclasses.replace(settings, sites=sites)
+    settings = dataclasses.replace(settings, sites=sites_of(vlm, settings))
     state = manifest_of(output)
     done = 0 if state is None else state["samples"]
     left = samples[done:]

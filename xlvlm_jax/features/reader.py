@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 _TILE = 2**14  # rows that are read together
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Features:
     """Features as written by `FeaturesWriter`: N rows; a sample has none, one or several.
 
@@ -52,7 +52,9 @@ class Features:
         samples: one dict per sample, in the order of extraction; "image" is a path that can be
             opened from here, if the picture is found. Read from disk on every access; use
             `samples.columns` for a few keys of many samples.
-        sample_rows: int64[N], index into `samples` of each row.
+        num_rows: N.
+        sample_rows: int64[N], index into `samples` of each row. This and the next arrays are read
+            on first access.
         positions: int32[N], position of each row in its sample, not counting padding.
         tokens: int32[N], the token predicted at each row.
         complete: False if the run was interrupted and not finished.
@@ -75,11 +77,34 @@ class Features:
     manifest: dict[str, Any]
     sites: tuple[str, ...]
     samples: Sequence[dict[str, Any]]
-    sample_rows: Int64[np.ndarray, " N"]
-    positions: Int32[np.ndarray, " N"]
-    tokens: Int32[np.ndarray, " N"]
+    num_rows: int
     complete: bool
-    cells: Cells | None = None
+    _has_cells: bool = False
+
+    @functools.cached_property
+    def sample_rows(self) -> Int64[np.ndarray, " N"]:
+        """int64[N], index into `samples` of each row."""
+        return self._of_rows("sample")
+
+    @functools.cached_property
+    def positions(self) -> Int32[np.ndarray, " N"]:
+        """int32[N], position of each row in its sample, not counting padding."""
+        return self._of_rows("position")
+
+    @functools.cached_property
+    def tokens(self) -> Int32[np.ndarray, " N"]:
+        """int32[N], the token predicted at each row."""
+        return self._of_rows("token")
+
+    @functools.cached_property
+    def cells(self) -> Cells | None:
+        """Where in its picture each row lies, if rows are image tokens; else None."""
+        return Cells(*map(self._of_rows, CELL_FIELDS)) if self._has_cells else None
+
+    def _of_rows(self, field: str) -> np.ndarray:
+        if not self.sites:
+            return np.zeros(0, ROW_FIELDS[field])
+        return _read_array(self.path / "rows" / field, self.num_rows)
 
     @classmethod
     def open(
@@ -120,26 +145,18 @@ class Features:
         samples = StoredSamples(root / SAMPLES, state["samples"], state["bytes"], locate)
         if images is not None:
             samples.find_pictures()
-        rows = {field: np.zeros(0, dtype) for field, dtype in ROW_FIELDS.items()}
-        cells = None
-        if state["cells"]:
-            placed = (_read_array(root / "rows" / name, state["rows"]) for name in CELL_FIELDS)
-            cells = Cells(*placed)
-        if state["sites"]:
-            rows = {name: _read_array(root / "rows" / name, state["rows"]) for name in ROW_FIELDS}
-            for site in state["sites"]:
-                where = array_path(root, site)
-                check_chunks(where, open_array(where), state["rows"])
+        fields = [*ROW_FIELDS] * bool(state["sites"]) + [*CELL_FIELDS] * state["cells"]
+        stored = [root / "rows" / name for name in fields]
+        for where in (*stored, *(array_path(root, site) for site in state["sites"])):
+            check_chunks(where, open_array(where), state["rows"])
         return cls(
             path=root,
             manifest=state["arguments"],
             sites=tuple(state["sites"]),
             samples=samples,
-            sample_rows=rows["sample"],
-            positions=rows["position"],
-            tokens=rows["token"],
+            num_rows=state["rows"],
             complete=state["complete"],
-            cells=cells,
+            _has_cells=state["cells"],
         )
 
     def __repr__(self) -> str:
@@ -149,12 +166,12 @@ class Features:
 
     def _in_short(self) -> str:
         state = "" if self.complete else ", unfinished"
-        rows, samples = len(self.tokens), len(self.samples)
+        rows, samples = self.num_rows, len(self.samples)
         return f"{counted(rows, 'row')} of {counted(samples, 'sample')}{state}"
 
     def _repr_html_(self) -> str:
         widths = {site: open_array(array_path(self.path, site)).shape[1] for site in self.sites}
-        sites = [(site, len(self.tokens), widths[site]) for site in self.sites]
+        sites = [(site, self.num_rows, widths[site]) for site in self.sites]
         asked = flat({"directory": str(self.path), **self.manifest, "sites": None})
         return html_table(sites, head=("site", "rows", "width"), title=self._in_short()) + (
             html_table(asked, head=("asked for", ""))
@@ -194,7 +211,7 @@ class Features:
             ValueError: the site was not captured.
         """
         self._check_site(site)
-        states = _read_array(array_path(self.path, site), len(self.tokens))
+        states = _read_array(array_path(self.path, site), self.num_rows)
         return states.astype(np.float32, copy=False)
 
     def mean(self, site: str) -> Float[np.ndarray, " D"]:
@@ -229,7 +246,7 @@ class Features:
             ValueError: the site was not captured.
         """
         self._check_site(site)
-        return StoredRows(array_path(self.path, site), len(self.tokens))
+        return StoredRows(array_path(self.path, site), self.num_rows)
 
 
 def _read_array(path: Path, rows: int) -> np.ndarray:
@@ -404,6 +421,9 @@ def sample_of(kept: Mapping[str, Any], number: int | None = None) -> Sample:
         kept: the stored sample.
         number: its place among the samples, which names it if it has no ID.
 
+    Returns:
+        The sample; its metadata lack an "error", which was of that run.
+
     Raises:
         ValueError: it has no image or prompt, as some imported features.
     """
@@ -414,13 +434,16 @@ def sample_of(kept: Mapping[str, Any], number: int | None = None) -> Sample:
                 f"sample {name!r} has no {needed}, so the model can't run on it again; "
                 "extract features from a data set"
             )
-    own = ("id", "image", "image_id", "prompt", "references")
+    own = ("id", "image", "image_id", "prompt", "references", "error")
     image_id = kept.get("image_id")
+    references = kept.get("references") or ()
+    if isinstance(references, str):  # of imports by earlier versions
+        references = (references,)
     return Sample(
         id=name,
         image=Path(kept["image"]),
         image_id="" if image_id is None else str(image_id),
         prompt=kept["prompt"],
-        references=tuple(kept.get("references") or ()),
+        references=tuple(references),
         metadata={name: value for name, value in kept.items() if name not in own},
     )

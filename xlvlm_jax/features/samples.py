@@ -22,7 +22,7 @@ _BLOCK_BYTES = 2**22  # searched at once for line ends
 _BLOCK_SAMPLES = 4096  # parsed at once
 _PROBES = 8  # names looked up before a directory is taken as the root of all pictures
 
-Locate = Callable[[Sequence[str]], Callable[[str], str]]
+Locate = Callable[[Sequence[str], Callable[[], Iterable[str]]], Callable[[str], str]]
 
 
 class StoredSamples(Sequence[dict[str, Any]]):
@@ -32,8 +32,8 @@ class StoredSamples(Sequence[dict[str, Any]]):
         path: path of the file.
         count: expected number of samples.
         size: number of bytes of the file that count.
-        locate: given some of the pictures' names, returns a function from a name to its path, which
-            becomes "image"; None leaves names as stored.
+        locate: given some of the pictures' names, and a function that returns all, returns a
+            function from a name to its path, which becomes "image"; None leaves names as stored.
 
     Raises:
         ValueError: the file is too short; on access also if the number of lines differs or a line
@@ -129,7 +129,13 @@ class StoredSamples(Sequence[dict[str, Any]]):
     @cached_property
     def _path_of(self) -> Callable[[str], str]:
         assert self._locate is not None, "only `_placed` asks for it"
-        return self._locate(list(self._some_names()))
+        return self._locate(list(self._some_names()), self._names)
+
+    def _names(self) -> Iterator[str]:
+        """Yields the pictures of all samples."""
+        for sample in self._parsed(0, self._count):
+            if isinstance(name := sample.get("image"), str):
+                yield name
 
     def _some_names(self) -> Iterator[str]:
         """Yields the first picture in each eighth of the samples."""

@@ -4,6 +4,7 @@ Words are found by `spelling`; the selections themselves are the pure functions 
 `token_positions`.
 """
 
+import itertools
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -187,11 +188,13 @@ class Selection:
         return {k: v for k, v in known if v is not None or k not in ("match", "start", "seed")}
 
     def end_ids(self, tokenizer: Any) -> tuple[int, ...]:
-        """Returns the ids of the end tokens that are given, the first of each as in XL-VLMs."""
+        """Returns the ids of the end tokens that are given: of each the first token, as in XL-VLMs,
+        and that behind a letter (see `spelling.end_tokens`).
+        """
         if self.mode != "before-special-tokens":
             return ()
-        encoded = (tokenizer.encode(t, add_special_tokens=False) for t in self.argument.split())
-        return tuple(ids[0] for ids in encoded if ids)
+        found = (spelling.end_tokens(tokenizer, text) for text in self.argument.split())
+        return tuple(dict.fromkeys(itertools.chain.from_iterable(found)))
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -301,6 +304,8 @@ class Selection:
         """Returns a bound on the kept positions per sample; None if only its length bounds them."""
         if self.mode == "image":
             return self.at_most
+        if self.mode in ("index", "token-id") or self.match == "first-token":
+            return 1
         if self.mode != "range":
             return None
         start, stop = self._range()

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
+from xlvlm_jax.features.manifest import STATE_DTYPES
 from xlvlm_jax.features.selection import Selection
 
 MODES = ("generate", "teacher-forcing")
@@ -24,7 +25,7 @@ class ExtractionSettings:
         dtype: dtype of the states on disk.
 
     Raises:
-        ValueError: the mode, batch size or length is invalid, or there is no site.
+        ValueError: the mode, batch size, length or dtype is invalid, or there is no site.
     """
 
     sites: tuple[str, ...]
@@ -37,6 +38,10 @@ class ExtractionSettings:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}; got {self.mode!r}")
+        if self.dtype not in STATE_DTYPES:
+            raise ValueError(
+                f"states are one of {', '.join(STATE_DTYPES)}; got dtype {self.dtype!r}"
+            )
         if not self.sites:
             raise ValueError("no site to capture; name one from `xlvlm sites MODEL`")
         for name in ("max_new_tokens", "batch_size"):

@@ -187,6 +187,29 @@ def _part_of_character(tokenizer: Any, token: int) -> bytes | None:
     return None if tekken is None else tekken.tokenizer.id_to_byte_piece(token)
 
 
+def end_tokens(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Returns the first tokens of a text by itself and, for punctuation, behind a letter.
+
+    SentencePiece puts a space before a text, so that "." is "▁." or "▁", "." by itself, and "." in
+    an answer. A piece of only white space is skipped, as it precedes most words.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        text: the text, such as "." or "</s>".
+    """
+    special = {*tokenizer.all_special_ids}
+    forms = [tokenizer.encode(text, add_special_tokens=False)]
+    if not text[:1].isalnum():  # a word behind a letter would be cut elsewhere
+        letter, both = (tokenizer.encode(t, add_special_tokens=False) for t in ("a", f"a{text}"))
+        # Where the letter and the text share a token, the text has none of its own.
+        forms += [both[len(letter) :]] if both[: len(letter)] == letter else []
+    firsts = (
+        next((i for i in ids if i in special or _decode(tokenizer, [i]).strip()), None)
+        for ids in forms
+    )
+    return tuple(dict.fromkeys(i for i in firsts if i is not None))
+
+
 def spellings(tokenizer: Any, words: str | Iterable[str]) -> dict[str, int]:
     """Returns the tokens that can start the words, {token as written in the vocabulary: its id}.
 

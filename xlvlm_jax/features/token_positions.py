@@ -347,10 +347,14 @@ def reduce(
             for every sample.
 
     Raises:
-        ValueError: `how` is unknown.
+        ValueError: `how` is unknown, or states have another number of positions than `keep`.
     """
     if how not in HOWS:
         raise ValueError(f"how must be one of {', '.join(HOWS)}, got {how!r}")
+    P = keep.shape[1]
+    # An index beyond the states would give NaN, and a wrong one the state of another position.
+    if odd := [x.shape for x in jax.tree.leaves(states) if x.shape[1] != P]:
+        raise ValueError(f"states have shape {odd[0]}, expected [B, {P}, D], one per position")
     R = 1 if how != "each" else keep.shape[1] if max_rows is None else min(max_rows, keep.shape[1])
     if how == "last":
         where = keep.shape[1] - 1 - jnp.argmax(keep[:, ::-1], axis=1, keepdims=True)

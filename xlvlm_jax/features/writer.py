@@ -1,6 +1,7 @@
 """Writes features batch by batch, so that a killed run can be resumed."""
 
 import collections
+import contextlib
 import fcntl
 import json
 import os
@@ -51,6 +52,26 @@ def _plain(value: Any) -> Any:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError) as error:
         raise ValueError(f"the manifest must hold JSON values only: {reason(error)}") from None
+
+
+def _line(sample: Mapping[str, Any]) -> str:
+    """Returns the sample's line in samples.jsonl."""
+    try:
+        return json.dumps(dict(sample), allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"sample {sample.get('id')!r} must hold JSON values only: {reason(error)}"
+        ) from None
+
+
+def _recorded(file: Path) -> tuple[Any, dict[str, str]]:
+    """Returns the root of a run's pictures and their digests; none of what an earlier version, or a
+    damaged file, does not say."""
+    with contextlib.suppress(FileNotFoundError, ValueError, RecursionError):
+        recorded = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(recorded, dict) and isinstance(recorded.get("digests"), dict):
+            return recorded.get("root"), recorded["digests"]
+    return None, {}
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -149,13 +170,28 @@ class FeaturesWriter:
         Returns:
             The root that `append` takes their names relative to (`pictures.name_in`); None for a
             run that an earlier version started, whose names are as typed.
+
+        Raises:
+            ValueError: the run was started with other pictures; a complete run is checked too.
+            OSError: the record can't be written.
         """
-        if self.samples_done and not (self.path / PICTURES).exists():
+        file = self.path / PICTURES
+        if self.samples_done and not file.exists():
             return None
         root = pictures.root_of(os.path.abspath(path) for path in paths)
-        if root is not None:
+        if root is None:
+            return None
+        digests = pictures.digests_of(paths)
+        then, before = _recorded(file) if self.samples_done else (None, {})
+        if pictures.are_others(before, digests):
+            raise ValueError(
+                f"{self.path}: started with the pictures in {then}; those in {root} are others, "
+                "use the same ones to resume, or another directory"
+            )
+        if not self.complete:
+            described = {**(pictures.describe(root, self.path) or {}), "digests": digests | before}
             with _one_line(self.path):
-                write_json(self.path / PICTURES, pictures.describe(root, self.path))
+                write_json(file, described)
         return root
 
     def append(
@@ -179,16 +215,17 @@ class FeaturesWriter:
                 none.
 
         Raises:
-            ValueError: shapes, sites or an index do not fit, or a state is finite but too large for
-                the dtype on disk.
+            ValueError: shapes, sites or an index do not fit, a number is too large for its field, a
+                sample is not JSON, or a state is not a float, or finite but too large for the dtype
+                on disk.
             OSError: writing fails.
         """
         if self.complete or self._lock < 0:
             raise ValueError(f"{self.path}: the run is closed and takes no more samples")
         rows = len(tokens)
-        self._check_batch(len(samples), states, rows, sample_index, positions, cells)
+        self._check_batch(len(samples), states, tokens, sample_index, positions, cells)
         self._check_range(states)
-        lines = "".join(json.dumps(_plain(dict(sample))) + "\n" for sample in samples).encode()
+        lines = "".join(map(_line, samples)).encode()
         done, has_cells = self._state, cells is not None
         fields = {
             "sample": np.asarray(sample_index, np.int64) + done["samples"],
@@ -232,6 +269,17 @@ class FeaturesWriter:
                 write_json(self.path / "manifest.json", done)
                 self._state = done
         self.release()
+
+    def remove(self) -> None:
+        """Removes what the run wrote, and the directory if it is then empty and can be removed."""
+        for name in ("states", "rows", "parts"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        self.release()
+        # A file system that refuses must not hide why the run is removed.
+        with contextlib.suppress(OSError):
+            for name in ("manifest.json", SAMPLES, PICTURES):
+                (self.path / name).unlink(missing_ok=True)
+            self.path.rmdir()
 
     def __enter__(self) -> "FeaturesWriter":
         return self
@@ -328,18 +376,19 @@ class FeaturesWriter:
         self,
         num_samples: int,
         states: Mapping[str, np.ndarray],
-        rows: int,
+        tokens: np.ndarray,
         sample_index: np.ndarray,
         positions: np.ndarray,
         cells: Cells | None,
     ) -> None:
+        rows = len(tokens)
         sites = self._state["sites"]
         has_cells, before = cells is not None, self._state["cells"]
         if rows and has_cells != before and (before or self._state["rows"]):
             raise ValueError("cells are given for some batches only; expected all or none")
         if rows and not states:
             raise ValueError(f"{rows} rows but no states; expected one array per site")
-        if states and sites and list(states) != sites:
+        if states and sites and sorted(states) != sorted(sites):
             raise ValueError(f"expected states of {', '.join(sites)}; got {', '.join(states)}")
         lengths = {"sample_index": len(sample_index), "positions": len(positions)}
         lengths |= {site: len(x) for site, x in states.items()}
@@ -351,7 +400,15 @@ class FeaturesWriter:
             raise ValueError(
                 f"sample_index must be in 0..{num_samples - 1}, the samples of the batch"
             )
+        for name, values, dtype in (
+            ("sample_index", sample_index, ROW_FIELDS["sample"]),
+            ("positions", positions, ROW_FIELDS["position"]),
+            ("tokens", tokens, ROW_FIELDS["token"]),
+        ):
+            _check_integers(name, values, dtype)
         for site, x in states.items():
+            if np.dtype(x.dtype).kind in "iub":
+                raise ValueError(f"states of site {site!r} are {x.dtype}; expected floats")
             if np.ndim(x) != 2:
                 raise ValueError(f"states of site {site!r} must be [rows, D], got {np.shape(x)}")
             if not site.strip("."):  # would name the folder itself, or its parent
@@ -406,6 +463,17 @@ class FeaturesWriter:
             writes.append(array[start:end].write(values))
         for write in writes:
             wait(write)
+
+
+def _check_integers(name: str, values: np.ndarray, dtype: str) -> None:
+    """Raises ValueError for values that a field of this dtype would store as others."""
+    if not np.size(values):
+        return
+    least, most, bounds = np.min(values), np.max(values), np.iinfo(dtype)
+    if not bounds.min <= int(least) <= int(most) <= bounds.max:
+        raise ValueError(
+            f"{name} are from {least} to {most}; expected {bounds.min} to {bounds.max} ({dtype})"
+        )
 
 
 def _narrowed(values: np.ndarray, kind: np.dtype) -> np.ndarray:

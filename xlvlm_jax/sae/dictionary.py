@@ -22,6 +22,7 @@ SAELens has no crosscoders, and transcoders without topk. D width of the states,
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -458,8 +459,12 @@ def _matching_pursuit(dictionary: Dictionary, x: Array) -> Array:
             done |= jnp.linalg.norm(residual, axis=1) < settings.residual_threshold
         return residual, codes, done
 
+    def unless_done(number: Any, state: tuple) -> tuple:
+        # Not a while loop, which has no gradient.
+        return jax.lax.cond(state[2].all(), lambda same: same, partial(choose, number), state)
+
     start = rows, jnp.zeros((len(rows), K), x.dtype), jnp.zeros(len(rows), bool)
-    return jax.lax.fori_loop(0, most, choose, start)[1].reshape(*x.shape[:-1], K)
+    return jax.lax.fori_loop(0, most, unless_done, start)[1].reshape(*x.shape[:-1], K)
 
 
 def _temporal(dictionary: Dictionary, x: Array) -> tuple[Array, Array]:
@@ -469,8 +474,8 @@ def _temporal(dictionary: Dictionary, x: Array) -> tuple[Array, Array]:
     encoder = decoder.T if settings.tied_weights else params["W_enc"]
     if x.ndim != 3:
         raise ValueError(f"states have shape {x.shape}; a temporal dictionary takes [B, T, D]")
-    scale = 1 / (4 * x.shape[-1])
-    predicted = jnp.zeros((*x.shape[:2], len(decoder)), x.dtype)
+    scale, dtype = 1 / (4 * x.shape[-1]), x.dtype  # products are of float32 or wider
+    predicted = jnp.zeros((*x.shape[:2], len(decoder)), dtype)
     for layer in range(_num_layers(params)):
         entered = jax.nn.relu(matmul(x * scale, encoder))
         earlier = jnp.pad(entered[:, :-1], ((0, 0), (1, 0), (0, 0)))
@@ -483,7 +488,7 @@ def _temporal(dictionary: Dictionary, x: Array) -> tuple[Array, Array]:
     new = jax.nn.relu(matmul(x * scale, encoder))
     if settings.k is not None:
         new = _keep_largest(new, new, settings.k)
-    return new, predicted
+    return new.astype(dtype), predicted.astype(dtype)
 
 
 def _num_layers(params: Mapping[str, Any]) -> int:
@@ -618,7 +623,14 @@ def check(params: Mapping[str, Any], settings: Settings) -> None:
             raise ValueError(f"{name} has shape {value.shape}; expected {shape}")
         if not np.isfinite(value.astype(np.float32)).all():
             raise ValueError(f"{name} has values that are not finite")
-    if settings.is_crosscoder and not sum(settings.widths) == D == sum(settings.widths[:2]):
+    if settings.architecture == "temporal":
+        small = expected["attn_layers.0.k_ctx.weight"][0]
+        if settings.num_heads < 1 or K % settings.num_heads or small % settings.num_heads:
+            raise ValueError(
+                f"num_heads is {settings.num_heads}; expected a number that divides the {K} "
+                f"features and the {small} rows of k_ctx"
+            )
+    if settings.is_crosscoder and (len(settings.widths) != 2 or sum(settings.widths) != D):
         raise ValueError(
             f"widths are {settings.widths}; expected those of two sources that add up to {D}"
         )

@@ -49,6 +49,8 @@ def read(directory: Path, dtype: str | None = None) -> Dictionary:
             f"{directory / WEIGHTS} has no {error}; expected the tensors of {name}"
         ) from None
     layer, k = values.get("layer"), arrays.get("k")
+    # Of MLPs and attention too the configuration says the layer.
+    of_layer = str(values.get("submodule_name") or "resid_post").startswith("resid_post")
     settings = Settings(
         architecture,
         # The class's own default, which no file stores.
@@ -59,7 +61,7 @@ def read(directory: Path, dtype: str | None = None) -> Dictionary:
         params,
         settings,
         directory,
-        site=f"model.layers.{layer}" if isinstance(layer, int) else None,
+        site=f"model.layers.{layer}" if isinstance(layer, int) and of_layer else None,
         details=values,
         dtype=dtype or "float32",
     )

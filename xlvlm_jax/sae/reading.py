@@ -4,8 +4,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
+
 from xlvlm_jax.sae import dictionary_learning, overcomplete, saelens, scopes
 from xlvlm_jax.sae.dictionary import Dictionary
+from xlvlm_jax.storage.damaged import reported
 
 _READERS: dict[tuple[str, ...], Callable[[Path, str | None], Dictionary]] = {
     (saelens.CONFIG, saelens.WEIGHTS): saelens.read,
@@ -26,8 +29,9 @@ def load(path: str | os.PathLike[str], *, dtype: str | None = None) -> Dictionar
             dictionary_learning (ae.pt, config.json), a file of Qwen-Scope (layerN.sae.pt) in its
             folder, or one of overcomplete (.pt or .pth): a model, or a state dict with its class
             and k in a JSON file of the same name, such as {"class": "TopKSAE", "top_k": 32}.
-        dtype: "float32", "bfloat16" or "float16"; None for the dtype that cfg.json names, as in
-            SAELens, and float32 for the others.
+        dtype: "float32", "bfloat16", "float16" or, with jax_enable_x64, "float64"; None for the
+            dtype that cfg.json names, as in SAELens (float32 for its float64 without
+            jax_enable_x64), and float32 for the others.
 
     Returns:
         The dictionary. How many of its features are active on your states can differ from the k in
@@ -46,7 +50,14 @@ def load(path: str | os.PathLike[str], *, dtype: str | None = None) -> Dictionar
         >>> sae.load(folder)
         Dictionary(relu-sae: 2 features of width 2)
     """
+    if dtype == "float64" and not jax.config.jax_enable_x64:
+        raise ValueError("dtype is 'float64', which JAX only computes with jax_enable_x64; set it")
     place = Path(path)
+    with reported(place, "sparse autoencoder", "fetch it again, or correct its configuration"):
+        return _read(place, dtype)
+
+
+def _read(place: Path, dtype: str | None) -> Dictionary:
     if place.is_file() and scopes.is_qwen(place):
         return scopes.read_qwen(place, dtype)
     if place.is_file() and place.suffix in overcomplete.SUFFIXES:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -82,6 +83,8 @@ def of_tensors(
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise ValueError(f"{where}: dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    if name == "float64" and not jax.config.jax_enable_x64:
+        name = "float32"  # as JAX does, with a warning for each array
     try:
         return Dictionary.of(params, settings, site, Details(dict(details)), jnp.dtype(name))
     except ValueError as error:
@@ -132,13 +135,20 @@ def _settings(values: Mapping[str, Any], params: dict[str, np.ndarray], file: Pa
         raise ValueError(
             f"{file}: architecture is {architecture!r}; expected one of {', '.join(METHODS)}"
         )
+
+    def flag(name: str, default: bool) -> bool:
+        return _typed(values, name, bool, default, file)
+
+    def whole(name: str, default: int) -> int:
+        return _typed(values, name, int, default, file)
+
     settings = Settings(
         architecture,
-        apply_b_dec_to_input=bool(values.get("apply_b_dec_to_input", True)),
-        rescale_acts_by_decoder_norm=bool(values.get("rescale_acts_by_decoder_norm", False)),
+        apply_b_dec_to_input=flag("apply_b_dec_to_input", True),
+        rescale_acts_by_decoder_norm=flag("rescale_acts_by_decoder_norm", False),
         hook_z=values.get("reshape_activations", "none") == "hook_z",
     )
-    if settings.is_transcoder and values.get("apply_b_dec_to_input", True):
+    if settings.is_transcoder and settings.apply_b_dec_to_input:
         raise ValueError(
             f"{file}: apply_b_dec_to_input is true, but a transcoder's b_dec has the width of its "
             "output; expected false"
@@ -153,34 +163,50 @@ def _settings(values: Mapping[str, Any], params: dict[str, np.ndarray], file: Pa
             scales=values.get("scales") or (),
         )
     if architecture.startswith(("topk", "abstopk")):
-        return dataclasses.replace(settings, k=int(values.get("k", 100)))
+        return dataclasses.replace(settings, k=whole("k", 100))
     if architecture in _TRAINED:
         scalar = params.pop("topk_threshold", None)
         if scalar is not None and "threshold" not in params and "W_dec" in params:
             params["threshold"] = np.full(len(params["W_dec"]), float(scalar), np.float32)
         # Its default there, where it is false elsewhere.
-        rescale = bool(values.get("rescale_acts_by_decoder_norm", True))
+        rescale = flag("rescale_acts_by_decoder_norm", True)
         return dataclasses.replace(settings, rescale_acts_by_decoder_norm=rescale)
     settings = dataclasses.replace(settings, rescale_acts_by_decoder_norm=False)
     if architecture == "matching_pursuit":
         limit = values.get("max_iterations")
+        limit = None if limit is None else whole("max_iterations", 0)
         return dataclasses.replace(
             settings,
             residual_threshold=float(values.get("residual_threshold", 1e-2)),
-            max_iterations=None if limit is None else int(limit),
-            stop_on_duplicate_support=bool(values.get("stop_on_duplicate_support", True)),
-            signed=bool(values.get("signed", False)),
+            max_iterations=limit,
+            stop_on_duplicate_support=flag("stop_on_duplicate_support", True),
+            signed=flag("signed", False),
         )
     if architecture == "temporal":
         k = values.get("kval_topk") if values.get("sae_diff_type", "topk") == "topk" else None
         return dataclasses.replace(
             settings,
-            k=None if k is None else int(k),
-            num_heads=int(values.get("n_heads", 8)),
-            tied_weights=bool(values.get("tied_weights", True)),
+            k=None if k is None else whole("kval_topk", 0),
+            num_heads=whole("n_heads", 8),
+            tied_weights=flag("tied_weights", True),
             scale=float(values.get("activation_normalization_factor", 1.0)),
         )
     return settings
+
+
+def _typed(values: Mapping[str, Any], name: str, kind: type, default: Any, file: Path) -> Any:
+    """Returns a value of a configuration, or the default if it is missing.
+
+    Raises:
+        ValueError: it is of another type, such as "false", which would count as true.
+    """
+    value = values.get(name, default)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if type(value) is not kind:
+        expected = "true or false" if kind is bool else "a whole number"
+        raise ValueError(f"{file}: {name} is {value!r:.40}; expected {expected}")
+    return value
 
 
 def save(dictionary: Dictionary, directory: str | Path) -> None:

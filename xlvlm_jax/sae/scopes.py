@@ -1,10 +1,14 @@
 """The official dictionaries of Gemma and Qwen, in the files that they are published as.
 
     Gemma Scope 2   SITE/layer_N_width_W_l0_S/params.safetensors beside config.json
-    Gemma Scope     layer_N/width_Wk/average_l0_N/params.npz alone, or "embedding" for layer_N
+    Gemma Scope     RELEASE/layer_N/width_Wk/average_l0_N/params.npz alone; or embedding/...
     Qwen-Scope      SAE-Res-MODEL-WnK-L0_k/layerN.sae.pt, matrices transposed
 
-None of them takes b_dec off its input.
+None of them takes b_dec off its input. The end of the first Gemma Scope's RELEASE, which alone
+tells the site, is "res" for the states behind a layer, "att" for the outputs of the heads side by
+side, before they are mixed, "mlp" for what the MLP adds, behind its norm, and "transcoders", which
+predict that from the MLP's normalised input, without the gains of that norm (Lieberum et al. 2024,
+arXiv 2408.05147).
 """
 
 import math
@@ -24,6 +28,15 @@ from xlvlm_jax.sae.saelens import of_tensors
 PARAMS, OLD_PARAMS, CONFIG = "params.safetensors", "params.npz", "config.json"
 _TRANSCODERS = ("transcoder", "transcoder_all", "affine_transcoder")
 _GEMMA_SITE = re.compile(r"embedding|layer_\d+")
+# A clone's folder, or that of the Hub's cache: models--google--gemma-scope-2b-pt-res.
+_GEMMA_RELEASE = re.compile(r"(?:models--.+--)?gemma-scope-.+-(res|att|mlp|transcoders)")
+_GEMMA_SITES = {
+    "res": "model.layers.{}",
+    "att": "model.layers.{}.self_attn.o_proj.input",
+    "mlp": "model.layers.{}.post_feedforward_layernorm",
+    # No module puts it out: TransformerLens' name, as in SAELens.
+    "transcoders": "blocks.{}.ln2.hook_normalized",
+}
 _QWEN_FILE = re.compile(r"layer(\d+)\.sae\.pt$")
 _QWEN_FOLDER = re.compile(r"SAE-Res-(.+)-W\d+K-L0_(\d+)")
 
@@ -66,7 +79,7 @@ def read_gemma_2(directory: Path, dtype: str | None = None) -> Dictionary:
 
 
 def read_gemma(directory: Path, dtype: str | None = None) -> Dictionary:
-    """Reads a directory of the first Gemma Scope.
+    """Reads a directory of the first Gemma Scope; without its release's name, as one of "res".
 
     Raises:
         ValueError: the file is damaged, or the arrays are not those of Gemma Scope.
@@ -77,8 +90,15 @@ def read_gemma(directory: Path, dtype: str | None = None) -> Dictionary:
             params = {_upper(name): arrays[name] for name in arrays.files}
     except (zipfile.BadZipFile, EOFError, ValueError) as error:
         raise ValueError(f"{file} is not a file of arrays ({error}); fetch it again") from None
-    named = [part for part in directory.absolute().parts[-3:] if _GEMMA_SITE.fullmatch(part)]
+    parts = directory.absolute().parts
+    named = [part for part in parts[-3:] if _GEMMA_SITE.fullmatch(part)]
     site = named[-1] if named else ""
+    releases = list(filter(None, map(_GEMMA_RELEASE.fullmatch, parts)))
+    kind = releases[-1][1] if releases else "res"
+    layer = site.removeprefix("layer_") if site.startswith("layer_") else None
+    details: dict[str, Any] = {}
+    if kind == "transcoders" and layer is not None:
+        details = {"metadata": {"hook_name_out": _GEMMA_SITES["mlp"].format(layer)}}
     if site == "embedding" and {"W_enc", "W_dec", "b_dec"} <= params.keys():
         # Learnt on embeddings before Gemma scales them by the root of the width. SAELens scales the
         # matrices alone, which leaves b_dec too small for the scaled states.
@@ -87,10 +107,13 @@ def read_gemma(directory: Path, dtype: str | None = None) -> Dictionary:
         params |= {name: params[name] * scale for name in ("W_dec", "b_dec")}
     return of_tensors(
         params,
-        Settings("jumprelu", apply_b_dec_to_input=False),
+        Settings(
+            "jumprelu_transcoder" if kind == "transcoders" else "jumprelu",
+            apply_b_dec_to_input=False,
+        ),
         directory,
-        site=f"model.layers.{site.removeprefix('layer_')}" if site.startswith("layer_") else None,
-        details={},
+        site=None if layer is None else _GEMMA_SITES[kind].format(layer),
+        details=details,
         dtype=dtype or "float32",
     )
 

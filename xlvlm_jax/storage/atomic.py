@@ -28,17 +28,31 @@ def write(path: Path, content: bytes | str) -> None:
 
 
 @contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Names the file in an OSError of the block that names none: a full disk says only that."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
     """Opens a file to write piece by piece, which replaces the old one if the block succeeds.
 
     Until then it is `<name>.tmp` in the same directory, which is made if it is missing; at the end
     it is flushed to disk and renamed. A leftover of a killed process under that name is
     overwritten.
+
+    Raises:
+        OSError: the file can't be written; it is named.
     """
     temporary = path.with_name(f"{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(temporary, "wb") as file:
+        with named(path), open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -7,6 +7,7 @@ working directory. Files of earlier versions have names as typed: these are look
 directory and in the directories above the run, where the command was started.
 """
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -42,6 +43,31 @@ def describe(root: Path | None, directory: Path) -> dict[str, str] | None:
     return None if root is None else {"root": str(root), "from here": from_here(root, directory)}
 
 
+def digests_of(paths: Sequence[str | os.PathLike[str]]) -> dict[str, str]:
+    """Returns digests of some pictures, to tell a directory that was moved from another one.
+
+    Args:
+        paths: paths of all pictures.
+
+    Returns:
+        {number of a picture: digest of its file}, for at most eight pictures that can be read.
+    """
+    found = {}
+    for number in dict.fromkeys(len(paths) * i // _PROBES for i in range(_PROBES) if paths):
+        try:
+            with open(paths[number], "rb") as file:
+                found[str(number)] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        except (OSError, ValueError):  # it is reported where it is opened to be shown to the model
+            continue
+    return found
+
+
+def are_others(before: Mapping[str, str], now: Mapping[str, str]) -> bool:
+    """Returns whether most of the pictures in both differ: single ones may have been repaired."""
+    both = before.keys() & now.keys()
+    return 2 * sum(before[number] != now[number] for number in both) > len(both)
+
+
 def from_here(path: str | os.PathLike[str], directory: Path) -> str:
     """Returns a path relative to the directory of a file, with which it may be moved."""
     return os.path.relpath(Path(path).resolve(), directory.resolve())
@@ -63,16 +89,17 @@ def find_all(
             parent directory, or a directory with the files themselves.
 
     Raises:
-        ValueError: `images` has none of the pictures.
+        ValueError: as for `locate`.
     """
     known = [name for name in names if name is not None]
     probes = [known[len(known) * i // _PROBES] for i in range(_PROBES)] if known else []
-    path_of = locate(probes, directory, recorded, images)
+    path_of = locate(probes, lambda: known, directory, recorded, images)
     return [None if name is None else path_of(name) for name in names]
 
 
 def locate(
     probes: Sequence[str],
+    names: Callable[[], Iterable[str]],
     directory: Path,
     recorded: Mapping[str, str] | None,
     images: str | os.PathLike[str] | None = None,
@@ -81,21 +108,32 @@ def locate(
 
     Args:
         probes: some of the names, to find out where the pictures are.
+        names: returns all names; called where pictures are only found by the ends of their names.
         directory: as for `find_all`.
         recorded: as for `find_all`.
         images: as for `find_all`.
 
     Raises:
-        ValueError: `images` has none of the pictures.
+        ValueError: `images` has none of the pictures, or few of them, or several under one name.
     """
+    some = False
     for root, depth in _places(directory, recorded, images):
         # os.path.isfile accepts names that no file can have; pathlib would raise.
-        if any(os.path.isfile(root / _tail(name, depth)) for name in probes):
+        there = sum(os.path.isfile(root / _tail(name, depth)) for name in probes)
+        # By the ends of names other pictures may be found: cats/1.jpg for dogs/1.jpg.
+        enough = there > 0 if depth is None else 2 * there > len(probes)
+        if enough and (depth is None or _are_unique(names(), depth)):
             return lambda name: str(root / _tail(name, depth))
+        some |= there > 0
     if images is not None and probes:
+        reason = (
+            "only some of the pictures, or has several of one name,"
+            if some
+            else ("none of the pictures")
+        )
         raise ValueError(
-            f"{images} has none of the pictures of {directory}, such as {probes[0]!r}; pass the "
-            "directory that contains them"
+            f"{images} has {reason} of {directory}, such as {probes[0]!r}; pass the directory that "
+            "contains them"
         )
     root_then = "" if recorded is None else recorded["root"]
     return lambda name: os.path.join(root_then, name)
@@ -123,6 +161,11 @@ def _places(
 def _tail(name: str, depth: int | None) -> Path:
     path = Path(name)
     return path if depth is None else Path(*path.parts[-depth:])
+
+
+def _are_unique(names: Iterable[str], depth: int) -> bool:
+    different = set(names)
+    return len({_tail(name, depth) for name in different}) == len(different)
 
 
 def find_features(stored: Any, directory: Path) -> Any:

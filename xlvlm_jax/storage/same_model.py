@@ -63,12 +63,61 @@ def adapter_of(vlm: VLM) -> dict[str, str | None]:
     if vlm.adapter is None:
         return {"adapter": None, ADAPTER: None}
     file = vlm.adapter / peft_io.WEIGHTS
+    return {"adapter": hub.name_of(vlm.adapter), ADAPTER: digest_of(file)}
+
+
+def processor_of(vlm: VLM) -> dict[str, str]:
+    """Returns the name and a digest of another checkpoint's processor, as JSON values.
+
+    Args:
+        vlm: a loaded model.
+
+    Returns:
+        {"processor": name of its directory, or its id on the Hub, "processor digest": digest of its
+        files}; {} for the model's own.
+
+    Raises:
+        OSError: a file can't be read.
+    """
+    directory = vlm.processor_directory
+    if directory is None or directory == vlm.directory:
+        return {}
+    names = (*_PROCESSOR, *sorted(file.name for file in directory.glob("*.jinja")))
+    digest = hashlib.sha256()
+    for file in (directory / name for name in names):
+        if file.is_file():
+            digest.update(f"{file.name} {digest_of(file)}\n".encode())
+    return {"processor": hub.name_of(directory), "processor digest": digest.hexdigest()[:16]}
+
+
+# Files that tokenizers and processors of transformers are read from; templates are *.jinja.
+_PROCESSOR = (
+    "added_tokens.json",
+    "chat_template.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "special_tokens_map.json",
+    "tekken.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "video_preprocessor_config.json",
+    "vocab.json",
+)
+
+
+def digest_of(file: Path) -> str:
+    """Returns a digest of a file, read once as long as its size and time stay the same.
+
+    Raises:
+        OSError: it can't be read.
+    """
     told = file.stat()
-    digest = _digest(file, told.st_size, told.st_mtime_ns)
-    return {"adapter": hub.name_of(vlm.adapter), ADAPTER: digest}
+    return _digest(file, told.st_size, told.st_mtime_ns)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def _digest(file: Path, size: int, changed: int) -> str:
     """Returns the digest of a file, read once as long as its size and time stay the same."""
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16]

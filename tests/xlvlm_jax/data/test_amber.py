@@ -55,6 +55,7 @@ def test_questions_by_hand(amber):
     ("change", "message"),
     [
         ({"truths": TRUTHS[:1]}, r"annotations\.json: no annotation for id 2"),
+        ({"truths": TRUTHS * 2}, r"annotations\.json: \[4\]: id 1 is a duplicate"),
         ({"truths": {"images": []}}, "expected a list, as in AMBER's annotations"),
         ({"queries": QUERIES | {"existence": QUERIES["existence"] * 2}}, r"\[1\]: id 2 is a dup"),
         (
@@ -100,7 +101,7 @@ def test_word_lists(tmp_path):
     (tmp_path / "data" / "safe_words.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match=r"safe_words\.txt: byte 3: not UTF-8"):
         word_lists(tmp_path)
-    (tmp_path / "data" / "safe_words.txt").write_text("orange\nlight\n", "utf-8-sig")
+    (tmp_path / "data" / "safe_words.txt").write_text("orange \nlight\n\n", "utf-8-sig")
     lists = word_lists(tmp_path)
     assert lists.safe == ("orange", "light") and lists.words == {"dog", "puppy", "sky"}
     path.write_text('{"dog": "puppy"}')

@@ -49,6 +49,13 @@ def test_sixteen_bits_are_scaled(tmp_path):
     assert np.asarray(read_image(path))[0, :, 0].tolist() == [0, 0, 1, 128, 255]
 
 
+@pytest.mark.parametrize(("most", "expected"), [(255, [0, 90, 255]), (65535, [0, 0, 255])])
+def test_thirty_two_bits_of_small_values_are_not_scaled(tmp_path, most, expected):
+    values = np.array([[0, 90, most]], np.int32)
+    path = saved(tmp_path / "a.tif", Image.fromarray(values))
+    assert np.asarray(read_image(path))[0, :, 0].tolist() == expected
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "P"])
 def test_transparency_is_laid_on_white(tmp_path, mode):
     image = Image.new("RGBA", (2, 1), (*GREEN, 255))

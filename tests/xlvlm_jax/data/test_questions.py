@@ -35,6 +35,12 @@ def test_by_hand(written):
     assert chosen.id == "3"
 
 
+def test_the_number_of_a_line_may_be_an_id(written):
+    asked = {"image": "a.jpg", "question": "Is there a dog?", "label": "yes"}
+    found = data.load("questions", written([asked | {"id": 3}, asked]))
+    assert [sample.id for sample in found] == ["3", "line 3"]
+
+
 def test_as_the_reader_of_pope(written):
     directory = written()
     lines = [{"question_id": 1, "image": "a.jpg", "text": "Is there a dog?", "label": "yes"}]

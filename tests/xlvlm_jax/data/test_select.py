@@ -68,6 +68,8 @@ def test_samples_in_a_list():
     assert ids(select.of_samples(SAMPLES, [3, "14"])) == [3, 14]
     with pytest.raises(ValueError, match=r"no sample of 4 has one of the 1 ids; .* like '1'"):
         select.of_samples(SAMPLES, [99])
+    with pytest.warns(UserWarning, match="no sample of 4 has 2 of the 3 ids, such as '77'"):
+        assert ids(select.of_samples(SAMPLES, ["1", "77", "78"])) == [1]
 
 
 def test_the_draw_of_xl_vlms():
@@ -150,6 +152,10 @@ def test_bad_lists_of_image_ids(tmp_path):
         select.read_image_ids(tmp_path / "a.json")
     with pytest.raises(ValueError, match=r"a.txt: has no ids; expected a JSON list, or"):
         select.read_image_ids(tmp_path / "a.txt")
+    for odd in ("[1, 2]", "null", "true", "0.5"):
+        (tmp_path / "a.json").write_text(f'["4", {odd}]')
+        with pytest.raises(ValueError, match=r"a.json: has .* among the ids; expected texts or nu"):
+            select.read_image_ids(tmp_path / "a.json")
     (tmp_path / "latin.txt").write_bytes(b"12\ncaf\xe9\n")
     with pytest.raises(ValueError, match=r"latin.txt: byte 6: not text in UTF-8; expected ids"):
         select.read_image_ids(tmp_path / "latin.txt")
@@ -166,6 +172,12 @@ def test_a_draw_depends_on_ids_and_seed_alone(shuffled, n, more, seed):
     assert select.subsample(shuffled, n, seed) == drawn
     assert len(drawn) == len(set(ids(drawn))) == min(n, 60)
     assert select.subsample(MANY, n + more, seed)[:n] == drawn
+
+
+def test_ids_need_not_be_unicode():
+    """A file's name, and an id in JSON."""
+    samples = [Sample(name, Path("a.jpg"), "0", "") for name in ("a\udce9", "\ud800", "b")]
+    assert len(select.subsample(samples, 2)) == 2
 
 
 def test_draws_of_different_seeds_differ_and_are_even():

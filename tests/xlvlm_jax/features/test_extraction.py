@@ -10,7 +10,8 @@ from PIL import Image
 
 from xlvlm_jax import Features, data, find_word
 from xlvlm_jax.data.words import COLOURS, word_pattern
-from xlvlm_jax.features import ExtractionSettings, extract
+from xlvlm_jax.features import ExtractionSettings, extract, preflight
+from xlvlm_jax.features.reader import samples_of
 from xlvlm_jax.features.selection import Selection
 
 from .conftest import digests
@@ -246,3 +247,90 @@ def test_a_file_in_the_place_of_the_output_is_one_line(vlm, samples, tmp_path):
         extract(vlm, samples, tmp_path / "file" / "features", SETTINGS)
     assert "\n" not in str(caught.value)
     shutil.rmtree(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("site", "mode", "selection", "message"),
+    [
+        ("multi_modal_projector", "teacher-forcing", "index:5", "no states for generated tokens"),
+        ("multi_modal_projector", "generate", "image", "no states for generated tokens"),
+        ("lm_head", "teacher-forcing", "token-of-interest:the", "for the tokens of prompts; gen"),
+        ("lm_head", "generate", "index:-1", "for the tokens of prompts; generate with --generated"),
+    ],
+)
+def test_sites_without_a_state_at_every_position(
+    vlm, samples, tmp_path, site, mode, selection, message
+):
+    """Row 5 of a tower is a patch and not the prompt's fifth token."""
+    chosen = Selection.parse(selection)
+    settings = dataclasses.replace(SETTINGS, sites=(site,), mode=mode, selection=chosen)
+    with pytest.raises(ValueError, match=message):
+        extract(vlm, samples, tmp_path / "features", settings)
+    with pytest.raises(ValueError, match=message):
+        preflight(vlm, samples, tmp_path / "features", settings, models=2)
+    assert not (tmp_path / "features").exists()
+
+
+def test_the_head_has_a_state_for_each_generated_token(vlm, samples, tmp_path):
+    selection = Selection("index", "0", generated_only=True)
+    settings = ExtractionSettings(("lm_head",), selection, max_new_tokens=1, batch_size=2)
+    extract(vlm, samples[:2], tmp_path / "features", settings)
+    features = Features.open(tmp_path / "features")
+    (site,) = features.sites
+    assert features.matrix(site).argmax(axis=1).tolist() == features.tokens.tolist()
+
+
+@pytest.fixture
+def short():
+    """Returns settings of a run that takes little time."""
+    return ExtractionSettings((NORM,), Selection("index", "-1"), max_new_tokens=1, batch_size=2)
+
+
+def test_other_pictures_on_the_same_directory_are_refused(vlm, samples, short, tmp_path):
+    """Ids and prompts may be those of another data set; single pictures may be repaired."""
+
+    def copied(name, changed):
+        (tmp_path / name).mkdir()
+        found = []
+        for number, sample in enumerate(samples[:4]):
+            image = tmp_path / name / sample.image.name
+            Image.open(sample.image).rotate(90 if number in changed else 0).save(image, "PNG")
+            found.append(dataclasses.replace(sample, image=image))
+        return found
+
+    class StopHereError(Exception):
+        pass
+
+    def interrupt(*_):
+        raise StopHereError
+
+    output = tmp_path / "features"
+    before, other, repaired = copied("a", ()), copied("b", range(4)), copied("c", (3,))
+    with pytest.raises(StopHereError):
+        extract(vlm, before, output, short, progress=interrupt)
+    message = rf"pictures in {tmp_path}/a; those in {tmp_path}/b are others, use the same"
+    with pytest.raises(ValueError, match=message):
+        extract(vlm, other, output, short)
+    shutil.rmtree(tmp_path / "a")  # moved, with one that was repaired
+    assert extract(vlm, repaired, output, short).samples == 4
+    with pytest.raises(ValueError, match="are others, use the same ones to resume"):
+        extract(vlm, other, output, short)  # also of a complete run
+    assert all(Path(s["image"]).parent.name == "c" for s in Features.open(output).samples)
+
+
+def test_samples_of_features_lose_what_that_run_said_of_them(vlm, samples, short, tmp_path):
+    missing = dataclasses.replace(samples[1], image=tmp_path / "later.jpg")
+    extract(vlm, [samples[0], missing], tmp_path / "first", short)
+    shutil.copy(samples[1].image, tmp_path / "later.jpg")
+    again = samples_of(Features.open(tmp_path / "first"))
+    assert [set(sample.metadata) & {"error"} for sample in again] == [set(), set()]
+    forced = dataclasses.replace(short, mode="teacher-forcing")
+    assert extract(vlm, again, tmp_path / "second", forced).failed == ()
+    second = Features.open(tmp_path / "second")
+    assert second.sample_rows.tolist() == [0, 1]
+    assert not any("prediction" in sample for sample in second.samples)
+
+
+def test_edits_need_a_name(vlm, samples, short, tmp_path):
+    with pytest.raises(ValueError, match="edits are given without steering, which says what they"):
+        extract(vlm, samples, tmp_path / "features", short, edits=lambda vlm, inputs: {})

@@ -143,3 +143,19 @@ def test_the_prompt_is_searched_on_request():
     assert finder(token_positions.searched(positions)).tolist() == [[4, 5]]
     later = token_positions.searched(positions, generated_only=False, start=1)
     assert finder(later).tolist() == [[4, 5]]
+
+
+@pytest.mark.parametrize("pieces", [(".", "▁."), (".",), ("▁.",)])
+def test_punctuation_ends_an_answer_behind_a_word_too(pieces):
+    """By itself it is "▁." or "▁", "."; never the lone space, which precedes words."""
+    tokenizer = sentencepiece("▁dog", *pieces)
+    found = Selection("before-special-tokens", ".").end_ids(tokenizer)
+    assert tokenizer.convert_ids_to_tokens(found) == sorted(pieces, reverse=True)
+    assert Selection("before-special-tokens", "</s> </s>").end_ids(tokenizer) == (1,)
+
+
+def test_bounds_of_rows_per_sample():
+    for text in ("index:-1", "token-id:5"):
+        assert Selection.parse(text, how="each").rows_at_most(700) == 1
+    first = Selection("class", "dog,cat", how="each", match="first-token")
+    assert first.rows_at_most(700) == 1

@@ -464,3 +464,57 @@ def test_the_mean_row_is_summed_by_tiles(tmp_path, monkeypatch):
         np.testing.assert_array_equal(features.mean("s"), expected)
         with pytest.raises(ValueError, match="no site 't'; expected one of s"):
             features.mean("t")
+
+
+def test_what_fields_cannot_hold_is_refused(tmp_path):
+    samples, states, index, positions, tokens = batch(0)
+    site = next(iter(states))
+    counts = np.full(states[site].shape, 2**24 + 1)
+    for changed, message in (
+        ((samples, states, index, positions + 2**40, tokens), r"positions are from .* \(int32\)"),
+        ((samples, states, index, positions, tokens - 2**40), r"tokens are from .* \(int32\)"),
+        (
+            (samples, states | {site: counts}, index, positions, tokens),
+            "are int64; expected floats",
+        ),
+        (
+            ([{"id": "x", "score": float("nan")}] * 4, states, index, positions, tokens),
+            "sample 'x'",
+        ),
+    ):
+        with FeaturesWriter(tmp_path, ARGUMENTS) as writer:
+            with pytest.raises(ValueError, match=message):
+                writer.append(*changed)
+            assert writer.rows_done == 0
+    write(tmp_path)
+    assert len(Features.open(tmp_path).tokens) == 20
+
+
+def test_sites_may_come_in_any_order(tmp_path):
+    with FeaturesWriter(tmp_path, ARGUMENTS) as writer:
+        writer.append(*batch(0))
+        samples, states, *rest = batch(1)
+        writer.append(samples, dict(reversed(states.items())), *rest)
+        writer.close()
+    features = Features.open(tmp_path)
+    assert features.sites == tuple(SITES)
+    for site in SITES:
+        np.testing.assert_array_equal(features.matrix(site)[4:], states[site])
+
+
+def test_a_removed_run_leaves_the_files_of_others(tmp_path):
+    for name in ("own", "shared"):
+        with FeaturesWriter(tmp_path / name, ARGUMENTS) as writer:
+            writer.append(*batch(0))
+            if name == "shared":
+                (tmp_path / name / "notes.txt").touch()
+            writer.remove()
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == [
+        "shared",
+        "shared/notes.txt",
+    ]
+
+
+def test_features_are_compared_by_identity(tmp_path):
+    features = Features.open(write(tmp_path, range(1)))
+    assert features == features and features != Features.open(tmp_path)

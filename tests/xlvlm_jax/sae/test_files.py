@@ -1,5 +1,6 @@
 """Files of every trainer: SAELens' own values, by hand, saved and loaded, and what is refused."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -85,6 +86,14 @@ def test_the_requested_dtype(expected):
     assert wide.encode(expected["states"]).dtype == jnp.float32
 
 
+def test_float64_needs_x64(tmp_path, expected):
+    """A file's float64 becomes float32, as JAX does by default; asked for, it is refused."""
+    folder = changed(tmp_path, config={"dtype": "float64"})
+    assert sae.load(folder).encode(expected["states"]).dtype == jnp.float32
+    with pytest.raises(ValueError, match="'float64', which JAX only computes with jax_enable_x64"):
+        sae.load(folder, dtype="float64")
+
+
 class TestScopes:
     @pytest.fixture
     def weights(self):
@@ -166,6 +175,29 @@ class TestScopes:
         )
 
     @pytest.mark.parametrize(
+        ("release", "method", "site"),
+        [
+            ("res", "jumprelu-sae", "model.layers.3"),
+            ("att", "jumprelu-sae", "model.layers.3.self_attn.o_proj.input"),
+            ("mlp", "jumprelu-sae", "model.layers.3.post_feedforward_layernorm"),
+            ("transcoders", "jumprelu-transcoder", "blocks.3.ln2.hook_normalized"),
+        ],
+    )
+    @pytest.mark.parametrize("place", ["{}", "models--google--{}/snapshots/0a1b"])
+    def test_the_release_tells_the_site(self, weights, tmp_path, release, method, site, place):
+        release = place.format(f"gemma-scope-2b-pt-{release}")
+        folder = tmp_path / release / "layer_3" / "width_16k" / "average_l0_5"
+        folder.mkdir(parents=True)
+        np.savez(folder / "params.npz", **weights)
+        dictionary = sae.load(folder)
+        assert (dictionary.method, dictionary.site) == (method, site)
+        target = "model.layers.3.post_feedforward_layernorm" if "transcoder" in method else None
+        assert dictionary.target_site == target
+        np.testing.assert_allclose(
+            dictionary.encode(self.X), self.by_hand(weights, self.X)[0], rtol=1e-5, atol=1e-6
+        )
+
+    @pytest.mark.parametrize(
         ("site", "kind", "method"),
         [
             ("transcoder_all", None, "jumprelu-transcoder"),
@@ -211,9 +243,9 @@ class TestDictionaryLearning:
 
     @pytest.fixture
     def write(self, tmp_path):
-        def write(name, **stored):
+        def write(name, told=None, **stored):
             (tmp_path / "config.json").write_text(
-                json.dumps({"trainer": {"dict_class": name, "layer": 3}})
+                json.dumps({"trainer": {"dict_class": name, "layer": 3, **(told or {})}})
             )
             write_pth(tmp_path / "ae.pt", {key: np.asarray(value) for key, value in stored.items()})
             return sae.load(tmp_path)
@@ -256,6 +288,13 @@ class TestDictionaryLearning:
         found = write("MatryoshkaBatchTopKSAE", **stored, threshold=np.float32(-1))
         expected = np.maximum((self.X - b) @ W + linear["encoder.bias"], 0)
         np.testing.assert_allclose(found.encode(self.X), expected, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("module", "site"), [("resid_post_layer_3", "model.layers.3"), ("mlp_out_layer_3", None)]
+    )
+    def test_a_layer_is_not_always_its_output(self, write, linear, module, site):
+        told = {"submodule_name": module}
+        assert write("AutoEncoder", told, **linear, bias=np.zeros(4, np.float32)).site == site
 
     def test_messages(self, write, linear):
         with pytest.raises(ValueError, match="dict_class is 'Other'; expected one of AutoEncoder"):
@@ -300,6 +339,8 @@ class TestCrosscoders:
             self.crosscoder().encode(np.ones((4, 3), np.float32))
         with pytest.raises(ValueError, match=r"widths are \(2, 2\); expected those of two sources"):
             self.crosscoder(widths=(2, 2))
+        with pytest.raises(ValueError, match=r"widths are \(5,\); expected those of two sources"):
+            self.crosscoder(widths=(5,))
         with pytest.raises(ValueError, match=r"scales are \(1.0,\); expected one per source"):
             self.crosscoder(scales=(1.0,))
         with pytest.raises(ValueError, match="'relu-sae' has one decoder; expected a crosscoder"):
@@ -540,6 +581,16 @@ class TestByHand:
         ("standard", {"config": {"dtype": "int8"}}, "dtype is 'int8'; expected one of"),
         ("standard", {"config": {"normalize_activations": "z"}}, "normalize_activations is 'z'"),
         ("topk", {"config": {"k": 9}}, "k is 9; expected 1 to the 8 features"),
+        ("topk", {"config": {"k": None}}, r"cfg.json: k is None; expected a whole number"),
+        ("topk", {"config": {"k": "x"}}, r"cfg.json: k is 'x'; expected a whole number"),
+        ("standard", {"config": {"metadata": [1]}}, "changed has no readable sparse autoencoder"),
+        ("standard", {"config": {"architecture": ["topk"]}}, "changed has no readable sparse"),
+        (
+            "standard",
+            {"config": {"apply_b_dec_to_input": "false"}},
+            "cfg.json: apply_b_dec_to_input is 'false'; expected true or false",
+        ),
+        ("temporal", {"config": {"n_heads": 3}}, "num_heads is 3; expected a number that divides"),
         ("transcoder", {"config": {"apply_b_dec_to_input": True}}, "expected false"),
         ("standard", {"tensors": {"b_enc": None}}, "lacks b_enc"),
         ("standard", {"tensors": {"x": np.ones(1)}}, "has x too many"),
@@ -598,6 +649,24 @@ class TestUse:
         )
         with pytest.raises(ValueError, match="layer_norm restores the input's mean and scale"):
             dictionary.decode(codes)
+
+    def test_temporal_codes_have_the_dtype_of_the_parameters(self, expected):
+        dictionary = sae.load(DATA / "temporal", dtype="bfloat16")
+        states = expected["states"]
+        assert dictionary.encode(states).dtype == jnp.bfloat16
+        assert dictionary.reconstruct(states).dtype == jnp.bfloat16
+
+    def test_matching_pursuit_ends_with_its_last_row(self, expected):
+        """Each row ends at a repeated choice, of 8 atoms; codes and slopes stay the same then."""
+        dictionary, states = sae.load(DATA / "matching-pursuit"), expected["states"]
+
+        def codes_within(most):
+            settings = dataclasses.replace(dictionary.settings, max_iterations=most)
+            within = dataclasses.replace(dictionary, settings=settings)
+            return jax.jit(jax.value_and_grad(lambda x: within.encode(x).sum()))(states)
+
+        for few, many in zip(codes_within(9), codes_within(50), strict=True):
+            np.testing.assert_array_equal(few, many)
 
     def test_components_are_what_one_code_adds(self):
         for name in ("standard", "topk-rescaled"):

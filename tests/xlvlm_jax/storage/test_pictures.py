@@ -93,6 +93,22 @@ def test_from_another_directory_and_after_a_move(here, tmp_path, monkeypatch):
         Features.open(features, images=tmp_path / "archive")
 
 
+def test_pictures_of_one_name_are_not_mixed_up(tmp_path):
+    """cats/1.png is never shown for dogs/1.png, nor where most pictures are missing."""
+    names = [tmp_path / "data" / folder / f"{i}.png" for folder in ("cats", "dogs") for i in (0, 1)]
+    for name in names:
+        name.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(name)
+    features = write(tmp_path / "features", names)
+    with pytest.raises(ValueError, match="cats has only some of the pictures, or has several of o"):
+        Features.open(features, images=tmp_path / "data" / "cats")
+    found = [s["image"] for s in Features.open(features, images=tmp_path / "data").samples]
+    assert found == list(map(str, names))
+    few = write(tmp_path / "few", names[:1] + [name.with_stem("x") for name in names[1:4:2]])
+    with pytest.raises(ValueError, match="cats has only some of the pictures"):
+        Features.open(few, images=tmp_path / "data" / "cats")
+
+
 def test_folders_of_earlier_versions(here, tmp_path, monkeypatch):
     """Names are as typed, relative to the command's directory or to one above the run."""
     typed = write(here / "run" / "features", TYPED, placed=False)

@@ -16,6 +16,7 @@ from xlvlm_jax.storage.same_model import (
     adapter_of,
     checkpoint_of,
     model_of,
+    processor_of,
     require_model,
     with_adapter_of,
 )
@@ -35,6 +36,16 @@ def test_another_model_is_named_and_an_unknown_one_passes(vlm, three_words):
     require_model(model_of(vlm), vlm, "states of")
     require_model({}, vlm, "states of")
     require_model(source, three_words, "states of")  # a model without a checkpoint
+
+
+def test_the_processor_of_another_checkpoint(vlm, tmp_path):
+    assert processor_of(vlm) == {}
+    other = shutil.copytree(embedded.LLAVA, tmp_path / "other")
+    told = processor_of(vlm.with_processor(other))
+    assert told.keys() == {"processor", "processor digest"} and told["processor"] == "other"
+    assert processor_of(vlm.with_processor(other)) == told
+    (other / "chat_template.jinja").write_text("changed")
+    assert processor_of(vlm.with_processor(other))["processor digest"] != told["processor digest"]
 
 
 class TestAdapter:

@@ -296,7 +296,8 @@ def write(
                 number, folder = image_id(split, index), FOLDER[split]
                 name = _file_name(folder, number)
                 picture, masks = draw_with_masks(scene)
-                (root / folder / name).write_bytes(encode(picture))
+                with atomic.named(root / folder / name):
+                    (root / folder / name).write_bytes(encode(picture))
                 texts, asked = captions(scene), questions(scene)
                 if companions:
                     texts = biased_captions(scene, texts, companions)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -24,11 +25,13 @@ def export_features(
 ) -> None:
     """Writes a directory of features as the reference's .pth file.
 
-    Imported features become the original file, bit by bit (if all its sites are exported and rows
-    were not averaged). For other features, samples without a row are masked out and get a state of
-    zeros, and the keys "manifest", "samples", "positions" and "tokens" (and, for image tokens,
-    "cells" and "boxes") hold what the reference has no place for, so that an import restores the
-    same directory.
+    Imported features become the original file, bit by bit, if all its sites are exported, rows were
+    not averaged and their dtype on disk holds every value of the file's. Where it does not, as
+    float16 for a file of float64, states have the dtype on disk, and a warning says so.
+
+    For other features, samples without a row are masked out and get a state of zeros, and the keys
+    "manifest", "samples", "positions" and "tokens" (and, for image tokens, "cells" and "boxes")
+    hold what the reference has no place for, so that an import restores the same directory.
 
     Args:
         features: the features to export.
@@ -43,18 +46,16 @@ def export_features(
     kept = read_kept(features.path) or {}
     dtypes = kept.get("dtypes", {})
     disk = np.dtype(_dtype(features.manifest.get("dtype", "float32")))
+    dtypes = {site: _held(site, np.dtype(_dtype(dtypes.get(site, disk))), disk) for site in sites}
     rows = _BySample.of(features.sample_rows, len(features.samples))
     lengths, starts = rows.lengths.tolist(), rows.starts.tolist()
     stored = {site: features.stored(site) for site in sites}
-    numbers = {
-        site: _states(stored[site], rows.states(), np.dtype(_dtype(dtypes.get(site, disk))))
-        for site in sites
-    }
+    numbers = {site: _states(stored[site], rows.states(), dtypes[site]) for site in sites}
 
     def state(number: int, site: str) -> View | np.ndarray:
         dropped = kept.get("dropped", {}).get(number)
         if dropped is not None and site in dropped:
-            return dropped[site]
+            return dropped[site].astype(dtypes[site], copy=False)
         width = stored[site].shape[1]
         shape = (lengths[number], width)
         if site not in kept.get("flat", ()):
@@ -68,6 +69,18 @@ def export_features(
     else:
         result = {"hidden_states": hidden} | _rest(features, rows)
     write_pth(path, result)
+
+
+def _held(site: str, original: np.dtype, disk: np.dtype) -> np.dtype:
+    """Returns the dtype of the file that was imported, or of the disk if that has lost digits."""
+    if np.promote_types(original, disk) == disk:
+        return original
+    warnings.warn(
+        f"states of {site} were {original.name} and were imported as {disk.name}; they are "
+        f"exported as {disk.name}",
+        stacklevel=3,
+    )
+    return disk
 
 
 class _BySample(NamedTuple):

@@ -12,6 +12,7 @@ is unknown, and is -1. A sample outside the mask has no row: its state in the re
 position where the token was not found.
 """
 
+import collections
 import itertools
 import json
 import os
@@ -82,6 +83,8 @@ def import_features(
     path, output = Path(path), Path(output)
     if rows not in ROWS and _number(rows) is None:
         raise ValueError(f"rows is {rows!r}; expected one of {', '.join(ROWS)}, or a number")
+    if Path.cwd().is_relative_to(output.resolve()):
+        raise FileExistsError(f"{output} holds the working directory; choose a new directory")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         if not overwrite:
             raise FileExistsError(f"{output}: already exists; choose a new directory")
@@ -122,6 +125,8 @@ def import_features(
             rest = {key: value for key, value in data.items() if key != "hidden_states"}
             _keep(temporary, data, states, kept, sites, rows, rest, path.stat().st_size)
         _replace(temporary, output)
+    except PthError as error:
+        raise error if str(path) in str(error) else PthError(f"{path}: {error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Features.open(output)
@@ -256,7 +261,7 @@ def _described(
             raise PthError("'samples' or 'manifest' is not as written by an export") from None
         if len(samples) != count or not isinstance(manifest, dict):
             raise PthError(f"'samples' describes {len(samples)} samples, expected {count}")
-        return [_placed(sample, images) for sample in samples], manifest
+        return _placed(samples, images), manifest
     samples: list[dict[str, Any]] = [{"id": str(number)} for number in range(count)]
     for key, values in data.items():
         if not isinstance(values, list) or len(values) != count or not isinstance(key, str):
@@ -266,20 +271,32 @@ def _described(
                 value = value[0]
             if key == "targets" and isinstance(value, str):
                 sample["references"] = value.split("$$")
+            elif key == "references":
+                texts = [value] if isinstance(value, str) else value
+                if isinstance(texts, list | tuple) and all(isinstance(t, str) for t in texts):
+                    sample["references"] = list(texts)
             elif isinstance(value, str | bool | int) and key != "id":
                 sample.setdefault(_NAMES.get(key, key), value)
-    return [_placed(sample, images) for sample in samples], None
+    return _placed(samples, images), None
 
 
-def _placed(sample: dict[str, Any], images: str | os.PathLike[str] | None) -> dict[str, Any]:
-    """Returns the sample with the current path of its picture."""
-    image = sample.get("image")
-    if images is None or not isinstance(image, str):
-        return sample
-    name = Path(image.replace("\\", "/"))
-    places = [Path(images) / name.name, Path(images) / name.parent.name / name.name]
-    place = next((place for place in places if place.is_file()), places[-1])
-    return sample | {"image": str(place)}
+def _placed(
+    samples: list[dict[str, Any]], images: str | os.PathLike[str] | None
+) -> list[dict[str, Any]]:
+    """Returns the samples with the current paths of their pictures."""
+    if images is None:
+        return samples
+    shown = [sample for sample in samples if isinstance(sample.get("image"), str)]
+    names = [Path(sample["image"].replace("\\", "/")) for sample in shown]
+    # A base name may be that of several pictures: cats/1.jpg, dogs/1.jpg.
+    of_base = collections.Counter(name.name for name in set(names))
+    for sample, name in zip(shown, names, strict=True):
+        places = [Path(images) / name.parent.name / name.name, Path(images) / name.name]
+        if of_base[name.name] > 1:
+            places.pop()
+        place = next((place for place in places if place.is_file()), places[0])
+        sample["image"] = str(place)
+    return samples
 
 
 def _is_ours(data: Mapping[Any, Any]) -> bool:
@@ -336,6 +353,8 @@ def _rows(
         for site in sites:
             tensor = states[number][site]
             values = np.asarray(tensor).reshape(lengths, tensor.shape[-1])
+            if values.dtype.kind in "iub":  # to be rounded to the dtype that was asked for
+                values = values.astype(np.float64)
             if rows == "mean":
                 values = values.astype(np.float32).mean(0, keepdims=True)
             blocks[site].append(values[_chosen(rows, len(values), number)])

@@ -90,21 +90,30 @@ def _read_zip(file: io.BufferedReader, content: mmap.mmap, known: Globals) -> An
             raise PthError(f"{info.filename[:80]!r} is compressed, which torch.save never does")
     if sum(info.file_size for info in archive.infolist()) > len(content):
         raise PthError("a zip file whose parts overlap")
-    if broken := archive.testzip():
+    # None has one if torch.serialization.set_crc32_options(False) was called.
+    if any(info.CRC for info in archive.infolist()) and (broken := archive.testzip()):
         raise PthError(f"{broken[:80]!r} is damaged (its checksum differs); copy it again")
+
+    def part(name: str) -> tuple[int, int]:
+        """Returns where the bytes of a part start in the file, and their number."""
+        info = archive.getinfo(name)
+        # The local header may be longer than the directory's entry: torch uses it to align data.
+        header = info.header_offset + 26
+        return header + 4 + sum(struct.unpack_from("<HH", content, header)), info.file_size
+
+    def read(name: str) -> bytes:
+        start, size = part(name)
+        return content[start : start + size]
+
     order = "little"
     if f"{root}byteorder" in archive.namelist():
-        order = archive.read(f"{root}byteorder").decode("ascii")
+        order = read(f"{root}byteorder").decode("ascii")
 
     storages: dict[str, Storage] = {}
-    stream = io.BytesIO(archive.read(names[0]))
+    stream = io.BytesIO(read(names[0]))
     value = Machine(stream, known.find, lambda pid: _storage(storages, pid)).load()
     for key, storage in storages.items():
-        info = archive.getinfo(f"{root}data/{key}")
-        # The local header may be longer than the directory's entry: torch uses it to align data.
-        name, extra = struct.unpack_from("<HH", content, info.header_offset + 26)
-        start = info.header_offset + 30 + name + extra
-        _fill(storage, key, content, start, info.file_size, order)
+        _fill(storage, key, content, *part(f"{root}data/{key}"), order)
     return value
 
 

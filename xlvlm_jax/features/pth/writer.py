@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from xlvlm_jax.features.pth.torch_globals import STORAGES
+from xlvlm_jax.storage import atomic
 
 _STORAGE_OF = {dtype: name for name, dtype in STORAGES.items()}
 _ALIGNMENT = 64  # of storages in the file, as in torch, so that they can be memory-mapped
@@ -53,28 +54,23 @@ def write_pth(path: str | os.PathLike[str], value: Any) -> None:
     """Writes a value like torch.save; numpy arrays and views become tensors.
 
     Args:
-        path: written under a temporary name and renamed.
+        path: the file; written as `storage.atomic.writing` does.
         value: dict, list, tuple, str, int, float, bool or None; an iterator, which becomes a list;
             numpy arrays, and `View`s, of the dtypes that torch has a storage class for (bfloat16
             from ml_dtypes).
 
     Raises:
         ValueError: the value is anything else; its type or dtype is named.
+        OSError: the file can't be written; it is named.
     """
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with zipfile.ZipFile(temporary, "w") as archive:
-            with archive.open(_part(archive, "data.pkl"), "w", force_zip64=True) as file:
-                storages = _Pickle(file).write(value)
-            _store(archive, "byteorder", [b"little"], 6)
-            for number, numbers in enumerate(storages):
-                size = numbers.size * numbers.dtype.itemsize
-                _store(archive, f"data/{number}", map(_little, numbers.blocks()), size)
-            _store(archive, "version", [b"3\n"], 2)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic.writing(Path(path)) as whole, zipfile.ZipFile(whole, "w") as archive:
+        with archive.open(_part(archive, "data.pkl"), "w", force_zip64=True) as file:
+            storages = _Pickle(file).write(value)
+        _store(archive, "byteorder", [b"little"], 6)
+        for number, numbers in enumerate(storages):
+            size = numbers.size * numbers.dtype.itemsize
+            _store(archive, f"data/{number}", map(_little, numbers.blocks()), size)
+        _store(archive, "version", [b"3\n"], 2)
 
 
 def _part(archive: zipfile.ZipFile, name: str, size: int = 0) -> zipfile.ZipInfo:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import tracemalloc
+import warnings
 
 import ml_dtypes
 import numpy as np
@@ -20,6 +21,7 @@ from xlvlm_jax.features.pth import (
     import_features,
     read_pth,
 )
+from xlvlm_jax.features.pth.writer import write_pth
 from xlvlm_jax.features.reader import samples_of
 from xlvlm_jax.features.writer import FeaturesWriter
 from xlvlm_jax.report import write_report
@@ -387,3 +389,71 @@ def test_images_and_samples_without_ids_are_named(tmp_path):
         writer.close()
     found = samples_of(Features.open(tmp_path / "g"))
     assert [(sample.id, sample.image_id) for sample in found] == [("0", ""), ("1", ""), ("7", "")]
+
+
+def test_what_a_file_lost_is_not_restored(tmp_path):
+    """float64 states that were rounded to float16 are exported as float16; float16 as they were."""
+    for dtype, disk, written in (
+        (torch.float64, "float16", torch.float16),
+        (torch.float16, "float32", torch.float16),
+    ):
+        folder = tmp_path / disk
+        folder.mkdir()
+        path = saved(folder / "x.pth", reference(dtype))
+        features = import_features(path, folder / "features", dtype=disk)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            export_features(features, folder / "y.pth")
+        told = {str(each.message) for each in caught}
+        lost = f"states of {NORM} were float64 and were imported as float16; they are exported as"
+        assert any(text.startswith(lost) for text in told) == (dtype == torch.float64)
+        states = torch.load(folder / "y.pth", weights_only=True)["hidden_states"]
+        assert {x.dtype for each in states for x in each.values()} == {written}
+
+
+def test_pictures_of_one_name_are_told_apart(tmp_path):
+    data = reference() | {"image": [[f"/data/{'ab'[i % 2]}/{i // 2}.jpg"] for i in range(6)]}
+    for folder in "ab":
+        (tmp_path / "pictures" / folder).mkdir(parents=True)
+        for i in range(3):
+            (tmp_path / "pictures" / folder / f"{i}.jpg").touch()
+            (tmp_path / "pictures" / f"{i}.jpg").touch()
+    path = saved(tmp_path / "x.pth", data)
+    whole = import_features(path, tmp_path / "whole", images=tmp_path / "pictures")
+    ends = [sample["image"].split("pictures/")[1] for sample in whole.samples]
+    assert ends == ["a/0.jpg", "b/0.jpg", "a/1.jpg", "b/1.jpg", "a/2.jpg", "b/2.jpg"]
+    lost = import_features(path, tmp_path / "lost", images=tmp_path / "pictures" / "a")
+    assert not any(os.path.exists(sample["image"]) for sample in lost.samples)
+
+
+def test_references_are_texts(tmp_path):
+    data = reference() | {"instruction": ["what?"] * 6}
+    data["references"] = ["a dog", ["a cat"], ["a", "b"], "x", "y", "z"]
+    features = import_features(saved(tmp_path / "x.pth", data), tmp_path / "features")
+    found = [sample.references for sample in samples_of(features)]
+    assert found[:3] == [("a dog",), ("a cat",), ("a", "b")]
+
+
+def test_messages_of_an_import_name_the_file(tmp_path, monkeypatch):
+    path = saved(tmp_path / "x.pth", reference())
+    with pytest.raises(PthError, match=r"x\.pth: sample 0 has 1 positions, none with the number 3"):
+        import_features(path, tmp_path / "features", rows="3")
+    assert not (tmp_path / "features").exists()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(FileExistsError, match=r"\. holds the working directory; choose a new"):
+        import_features(path, ".")
+
+
+def test_a_file_without_checksums(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        path = saved(tmp_path / "x.pth", {"a": torch.arange(6.0).reshape(2, 3)})
+    finally:
+        torch.serialization.set_crc32_options(True)
+    np.testing.assert_array_equal(np.asarray(read_pth(path)["a"]), np.arange(6).reshape(2, 3))
+
+
+def test_an_export_makes_its_directory(tmp_path):
+    write_pth(tmp_path / "new" / "x.pth", {"a": np.arange(3)})
+    assert torch.load(tmp_path / "new" / "x.pth")["a"].tolist() == [0, 1, 2]
