@@ -168,16 +168,16 @@ def _positions(
     ids, mask: int[B, T] of the prompt; not needed for "generated".
     answer: generated tokens [B, M], or the mask of forced tokens [B, T].
     """
-    if kind == "forced":
+    if ids is None or mask is None:
+        positions = token_positions.Positions.of_generated(answer, end_ids=end_ids)
+    elif kind == "forced":
         positions = token_positions.Positions.of_teacher_forcing(
             ids, mask, answer, image_token_ids=image_tokens
         )
-    elif kind == "sequence":
+    else:
         positions = token_positions.Positions.of_generation(
             ids, mask, answer, image_token_ids=image_tokens, end_ids=end_ids
         )
-    else:
-        positions = token_positions.Positions.of_generated(answer, end_ids=end_ids)
     only = bool(selection.generated_only)
     return positions, token_positions.searched(
         positions, generated_only=only, start=selection.start

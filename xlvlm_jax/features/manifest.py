@@ -16,7 +16,8 @@
 A batch counts once the manifest, replaced last and atomically, counts it. Anything a killed run
 wrote beyond that is cut off when the run is resumed, so that it ends with the same bytes as a run
 that was never interrupted: there are no time stamps, and `zarr_rows` writes the same chunks
-whatever the batches. (`images.json` says where the last run found its pictures.)
+whatever the batches. (`images.json` says where the last run found its pictures, and
+has digests of a few, by which other pictures under the same IDs are told.)
 
 States in bfloat16 have the data type "bfloat16", which TensorStore (Python, C++) reads and
 zarr-python does not (3.1 says "No Zarr data type found"): read them with `Features.matrix`, or

@@ -207,7 +207,9 @@ def end_tokens(tokenizer: Any, text: str) -> tuple[int, ...]:
         next((i for i in ids if i in special or _decode(tokenizer, [i]).strip()), None)
         for ids in forms
     )
-    return tuple(dict.fromkeys(i for i in firsts if i is not None))
+    # The unknown token stands for other texts too, unless it is asked for itself.
+    unknown = None if text == tokenizer.unk_token else tokenizer.unk_token_id
+    return tuple(dict.fromkeys(i for i in firsts if i is not None and i != unknown))
 
 
 def spellings(tokenizer: Any, words: str | Iterable[str]) -> dict[str, int]:

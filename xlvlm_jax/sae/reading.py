@@ -50,7 +50,7 @@ def load(path: str | os.PathLike[str], *, dtype: str | None = None) -> Dictionar
         >>> sae.load(folder)
         Dictionary(relu-sae: 2 features of width 2)
     """
-    if dtype == "float64" and not jax.config.jax_enable_x64:
+    if dtype == "float64" and not jax.config.values["jax_enable_x64"]:
         raise ValueError("dtype is 'float64', which JAX only computes with jax_enable_x64; set it")
     place = Path(path)
     with reported(place, "sparse autoencoder", "fetch it again, or correct its configuration"):

@@ -83,7 +83,7 @@ def of_tensors(
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise ValueError(f"{where}: dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
-    if name == "float64" and not jax.config.jax_enable_x64:
+    if name == "float64" and not jax.config.values["jax_enable_x64"]:
         name = "float32"  # as JAX does, with a warning for each array
     try:
         return Dictionary.of(params, settings, site, Details(dict(details)), jnp.dtype(name))

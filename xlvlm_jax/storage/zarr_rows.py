@@ -98,7 +98,10 @@ def check_chunks(path: Path, array: ts.TensorStore, rows: int) -> None:
     size = math.prod(chunk) * array.dtype.numpy_dtype.itemsize
     for i in range(-(-rows // chunk[0])):
         file = path.joinpath("c", str(i), *["0"] * (len(chunk) - 1))
-        got = file.stat().st_size if file.exists() else None
+        try:
+            got = file.stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            got = None
         if got != size:
             state = "missing" if got is None else f"{got} bytes, expected {size}"
             raise ValueError(f"{file}: chunk is {state}; extract the features again")

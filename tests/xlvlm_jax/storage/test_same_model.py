@@ -10,6 +10,7 @@ import pytest
 
 from ports import checkpoint
 from xlvlm_jax import Concepts, SteeringVector
+from xlvlm_jax.cli.extract import _steering
 from xlvlm_jax.demo import embedded
 from xlvlm_jax.steering import SiteVectors, concept_vectors, shift_vectors
 from xlvlm_jax.storage.same_model import (
@@ -46,6 +47,17 @@ def test_the_processor_of_another_checkpoint(vlm, tmp_path):
     assert processor_of(vlm.with_processor(other)) == told
     (other / "chat_template.jinja").write_text("changed")
     assert processor_of(vlm.with_processor(other))["processor digest"] != told["processor digest"]
+
+
+def test_a_vector_that_was_fitted_again_is_another(tmp_path):
+    """In the manifest of `extract --vector`, by which a run is resumed."""
+    told = []
+    for value in (1.0, 2.0, 1.0):
+        SteeringVector(np.full(2, value, np.float32), "layers.3", {}).save(
+            tmp_path / "v.safetensors"
+        )
+        told.append(_steering([tmp_path / "v.safetensors"], 1.0, None)["steering"])
+    assert told[0] == told[2] != told[1]
 
 
 class TestAdapter:
