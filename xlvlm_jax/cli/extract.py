@@ -288,7 +288,6 @@ def _show(summary: Any, programs: Programs, output: Path) -> None:
 def _steering(vectors: list[Path], alpha: float, where: str | None) -> dict[str, Any]:
     """Returns what `extract` needs to capture states while vectors steer; {} without vectors."""
     from xlvlm_jax import evaluation, steering
-    from xlvlm_jax.storage import same_model
 
     if not vectors:
         return {}
@@ -298,7 +297,7 @@ def _steering(vectors: list[Path], alpha: float, where: str | None) -> dict[str,
     # With digests: a vector that is fitted again has the same name.
     files = {
         "vectors": [str(path.resolve()) for path in vectors],
-        "digests": [same_model.digest_of(path) for path in vectors],
+        "digests": [steering.files.digest(path) for path in vectors],
     }
     return {"edits": condition.edits, "steering": files | condition.describe()}
 

@@ -1,5 +1,6 @@
 """Steering on disk: a safetensors file whose metadata describe the tensors and their use."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -84,6 +85,24 @@ def read(path: str | Path) -> tuple[str, dict[str, np.ndarray], dict[str, Any]]:
         specification.pop("version", None)
         source = pictures.restore_features(specification.get("source") or {}, path.parent)
         return kind, tensors, specification | {"source": source}
+
+
+def digest(path: str | Path) -> str:
+    """Returns a digest of what a file does when it steers, whatever it was learnt from.
+
+    Not of the file's bytes: safetensors writes the same specification in any order.
+
+    Raises:
+        FileNotFoundError: as for `read`.
+        ValueError: as for `read`.
+    """
+    kind, tensors, specification = read(path)
+    described = [kind, {key: value for key, value in specification.items() if key != "source"}]
+    found = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+        found.update(tensor.tobytes())
+    return found.hexdigest()[:16]
 
 
 def assembling(path: str | Path) -> AbstractContextManager[None]:
