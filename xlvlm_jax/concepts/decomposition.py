@@ -34,7 +34,7 @@ from xlvlm_jax.solvers.loop import Result
 from xlvlm_jax.solvers.phases import Standing, Tell
 from xlvlm_jax.solvers.restarts import stability
 from xlvlm_jax.solvers.streamed import Source
-from xlvlm_jax.solvers.streamed.tiles import TILE_BYTES
+from xlvlm_jax.solvers.streamed.tiles import TILE_BYTES, Scaled, TooLargeError, scale_of
 from xlvlm_jax.solvers.validation import (
     StoredMatrix,
     as_array,
@@ -372,7 +372,7 @@ def _check_coded(share: float, alpha: float, scale: float | None = None) -> None
             f"only {100 * share:.2g} % of the rows have a nonzero code: alpha is "
             f"{alpha:g}{of_rows}; a row no longer than alpha has only zero codes: lower alpha, or "
             "let decompose scale it by that norm with relative_alpha=True",
-            stacklevel=5,
+            stacklevel=4,
         )
 
 
@@ -693,23 +693,56 @@ def decompose_stored(
             raise ValueError(f"{name} is not available for stored rows; use decompose, or omit it")
     _check_count(num_concepts, *source.shape, how)
     _check_key(key)
+    scale = scale_of(source)
+    solve = partial(_solve_stored, source, how, solver, int(num_concepts), options)
+    try:
+        result, share = solve(scale.unit, key, write, progress)
+    except TooLargeError:
+        # A row dwarfs those that were looked at; the first pass has found it.
+        scale = scale_of(source, exact=True)
+        result, share = solve(scale.unit, key, write, progress)
+    if how.is_sparse:
+        _check_coded(share, options["alpha"], scale.norm)
+    return _concepts(result, how.name, options)
+
+
+def _solve_stored(
+    source: Source,
+    how: Method,
+    solver: ModuleType,
+    num_concepts: int,
+    options: dict[str, Any],
+    unit: float,
+    key: PRNGKeyArray,
+    write: Callable[[int, Float[np.ndarray, "B K"]], None] | None,
+    progress: Tell | None,
+) -> tuple[Result, float]:
+    """Solves for stored rows in a unit, and returns which share of the rows has an activation."""
     shape = (source.shape[0], num_concepts)
     activations = np.empty(shape, np.float32) if write is None else None
+    factor = 1.0 if how.is_centroids else unit
     coded = 0
 
     def keep(start: int, rows: np.ndarray) -> None:
         nonlocal coded
         coded += np.count_nonzero(rows.any(axis=1))
+        rows = rows if factor == 1 else rows * np.float32(factor)
         if write is not None:
             write(start, rows)
         if activations is not None:
             activations[start : start + len(rows)] = rows
 
-    result = solver.solve(source, key, keep, progress, num_concepts=int(num_concepts), **options)
-    result = result._replace(activations=activations)
-    if how.is_sparse:
-        _check_coded(coded / source.shape[0], options["alpha"])
-    return _concepts(result, how.name, options)
+    arguments = dict(options)
+    if "alpha" in arguments:
+        arguments["alpha"] = arguments["alpha"] / unit
+    if how.is_centroids:
+        arguments["unit"] = unit
+    tell = None if progress is None else _teller(progress, 0, unit**2)
+    scaled = Scaled(source, unit)
+    result = solver.solve(scaled, key, keep, tell, num_concepts=num_concepts, **arguments)
+    if unit != 1:
+        result = _in_unit(result, how, unit, unit**2)
+    return result._replace(activations=activations), coded / source.shape[0]
 
 
 def project(
@@ -850,4 +883,4 @@ def _rows_of(Z: Any, concepts: Concepts, mesh: Mesh | None, first_row: int) -> S
         mean = mean / unit
         components = components / unit if method.is_centroids else components
     components = padded_concepts(components, N, repeat=method.is_centroids)
-    return ScaledRows(Z, components, mean, unit)
+    return ScaledRows(Z, components, mean, unit, N)

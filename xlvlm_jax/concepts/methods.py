@@ -37,6 +37,7 @@ class ScaledRows(NamedTuple):
     components: Float[Array, "K D"]
     mean: Float[Array, " D"]
     unit: float  # of Z, components and mean; atoms have length one and are not scaled
+    num_samples: int  # leading rows that count; the others pad Z
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +201,8 @@ def _encode_by_distance(rows: ScaledRows, options: Mapping[str, Any]) -> Float[A
 
 
 def _encode_as_scores(rows: ScaledRows, options: Mapping[str, Any]) -> Float[Array, "M K"]:
-    return _times(rows.unit, pca.activations(rows.Z, rows.components, rows.mean))
+    count = np.int32(rows.num_samples)  # an argument: one program for all numbers of rows
+    return _times(rows.unit, pca.activations(rows.Z, rows.components, rows.mean, count))
 
 
 def _times(unit: float, values: Float[Array, "M K"]) -> Float[Array, "M K"]:

@@ -815,11 +815,17 @@ def solve(
 
 @jit
 def activations(
-    Z: Float[Array, "N D"], components: Float[Array, "K D"], mean: Float[Array, " D"]
+    Z: Float[Array, "N D"],
+    components: Float[Array, "K D"],
+    mean: Float[Array, " D"],
+    num_samples: Int[Array, ""] | np.integer | int,
 ) -> Float[Array, "N K"]:
-    """Returns the scores (Z - 1 m) C^T."""
-    far = sums.is_far(mean, jnp.mean((Z - mean) ** 2))
-    return sums.centred_scores(Z, components.T, mean, far)
+    """Returns the scores (Z - 1 m) C^T, of which the first `num_samples` count."""
+    # Rows that pad Z are zero: far from a mean that is far from zero, as no row is.
+    real = (jnp.arange(len(Z)) < num_samples)[:, None]
+    variance = jnp.sum(jnp.where(real, (Z - mean) ** 2, 0) / Z.shape[1])
+    variance = variance / jnp.maximum(num_samples, 1)
+    return sums.centred_scores(Z, components.T, mean, sums.is_far(mean, variance))
 
 
 def with_signs(components: Float[Array, "K D"]) -> Float[Array, "K D"]:

@@ -330,14 +330,20 @@ def unit_of(Z: Shaped[Array, "N D"], largest: float | None) -> float:
 
     Returns 1 if they fit already, which leaves Z unchanged, and while Z is traced.
     """
-    if largest is None or largest == 0 or real_dtype(Z) == jnp.float64:
+    if largest is None or real_dtype(Z) == jnp.float64:
         return 1.0
-    if largest >= LEAST and largest**2 * Z.size < MOST:
+    most = largest**2 * Z.size
+    if largest >= LEAST and most >= MOST:
+        # A few large columns alone need no scaling; only this case is worth another pass.
+        most = float(_energy(Z, 1 / largest)) * largest**2
+    return unit_for(largest, most)
+
+
+def unit_for(largest: float, energy: float) -> float:
+    """Returns the unit of a matrix by its largest absolute value and its sum of squares."""
+    if largest == 0 or (largest >= LEAST and energy < MOST):
         return 1.0
-    # A few large columns alone need no scaling; only this case is worth another pass.
-    if largest >= LEAST and float(_energy(Z, 1 / largest)) * largest**2 < MOST:
-        return 1.0
-    return 2.0 ** np.floor(np.log2(largest))
+    return float(2.0 ** np.floor(np.log2(largest)))
 
 
 @jax.jit

@@ -617,6 +617,10 @@ for method in METHODS:
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), err_msg=method + name)
     a, b = np.asarray(project(Z, one, mesh=explicit)), np.asarray(project(Z, one))
     np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), err_msg=method)
+far = Z + np.float32(1e4)
+one = decompose(far, 3, "pca", key=jax.random.key(1))
+exact = (far.astype(np.float64) - np.asarray(one.mean)) @ np.asarray(one.components, np.float64).T
+np.testing.assert_allclose(project(far, one, mesh=mesh), exact, atol=1e-3)
 # Many components, block by block, with progress.
 wide = rng.normal(size=(645, 300)).astype(np.float32)
 told = []

@@ -75,6 +75,22 @@ def test_padded_rows_change_nothing(method, N):
         np.testing.assert_allclose(ours, expected, rtol=0, atol=share * largest)
 
 
+@pytest.mark.parametrize("method", ["pca", "kmeans"])
+@pytest.mark.parametrize("N", [64, 65])
+def test_padded_rows_change_nothing_far_from_zero(method, N):
+    """Rows of zeros are far from these, and must not count when products choose their digits."""
+    Z = rows(N) + np.float32(1e4)
+    found = decompose(Z, 5, method, key=KEY)
+    wide, components = (np.asarray(each, np.float64) for each in (Z, found.components))
+    if method == "pca":
+        exact = (wide - np.asarray(found.mean)) @ components.T
+    else:
+        exact = 1 / (1 + np.linalg.norm(wide[:, None] - components, axis=2))
+    np.testing.assert_allclose(project(Z, found), exact, rtol=1e-5, atol=1e-4)
+    # The mean of a fit has more digits than float32.
+    np.testing.assert_allclose(found.activations, exact, rtol=1e-5, atol=1e-2)
+
+
 def test_padded_rows_have_no_weight():
     Z = rows(66)
     weights = np.random.default_rng(1).uniform(0.1, 3, 66)

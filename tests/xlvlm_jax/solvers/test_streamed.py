@@ -222,6 +222,46 @@ def test_rows_far_from_zero_are_those_near_it(small_tiles, method):
 
 
 @pytest.mark.parametrize("method", ["snmf", "kmeans", "pca"])
+@pytest.mark.parametrize("exponent", [-70, 66])
+def test_rows_at_any_scale(small_tiles, method, exponent):
+    """The result is that at scale one, with alpha in proportion; squares do not fit float32."""
+    unit, Z, told = 2.0**exponent, planted(), []
+    options = {"snmf": {"n_init": 1, "max_iter": 30}}.get(method, {})
+    plain = decompose_stored(Rows(Z), K, method, key=KEY, **options)
+    if method == "snmf":
+        options["alpha"] = unit
+    found = decompose_stored(
+        Rows((Z * unit).astype(np.float32)), K, method, key=KEY, progress=told.append, **options
+    )
+    assert found.converged == plain.converged
+    np.testing.assert_allclose(found.objective / unit / unit, plain.objective, rtol=1e-4)
+    np.testing.assert_allclose(told[-1].objective / unit / unit, plain.objective, rtol=1e-2)
+    assert np.isfinite(found.history).all()
+    of_rows = unit if method == "kmeans" else 1
+    scale = np.abs(plain.components).max()
+    np.testing.assert_allclose(found.components / of_rows, plain.components, atol=2e-3 * scale)
+    if method == "kmeans":
+        offsets = Z.astype(np.float64)[:, None] * unit - np.asarray(found.components, np.float64)
+        exact = 1 / (1 + np.linalg.norm(offsets, axis=2))
+        np.testing.assert_allclose(found.activations, exact, rtol=1e-4)
+    else:
+        scale = np.abs(plain.activations).max()
+        np.testing.assert_allclose(
+            found.activations / unit, plain.activations, rtol=0, atol=2e-3 * scale
+        )
+    if method == "pca":
+        np.testing.assert_allclose(found.mean / unit, plain.mean, rtol=1e-4, atol=1e-4)
+
+
+def test_one_row_that_dwarfs_all_others(small_tiles):
+    Z = planted() * np.float32(2.0**-20)
+    Z[150] = 0
+    Z[150, 1] = 2.0**70  # not among the rows whose scale is looked at first
+    found = decompose_stored(Rows(Z), 2, "kmeans", key=KEY)
+    np.testing.assert_array_equal(np.sort(found.components[:, 1])[1:], Z[150:151, 1])
+
+
+@pytest.mark.parametrize("method", ["snmf", "kmeans", "pca"])
 @pytest.mark.parametrize(
     ("shape", "message"),
     [

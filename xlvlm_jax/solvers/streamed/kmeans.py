@@ -73,6 +73,7 @@ def solve(
     tol: float = 1e-4,
     max_iter: int = 300,
     n_init: int = 1,
+    unit: float = 1.0,
 ) -> Result:
     """Does `kmeans.solve` for one number of clusters; activations go to `write(start, rows)`."""
     N, D = source.shape
@@ -122,11 +123,14 @@ def solve(
         if tell is not None:
             tell(Standing(K, len(history), max_iter, history[-1], float(error)))
 
+    # The objective and the activations are of the centroids as float32 holds them.
+    centroids = offsets + mean
+    offsets, of_unit = centroids - mean, jnp.float32(unit)
+
     def finish(tile: Tile) -> tuple:
-        return _finish(tile.Z, tile.real, mean, offsets)
+        return _finish(tile.Z, tile.real, mean, offsets, of_unit)
 
     inertia = write_out(source, finish, write).value
-    centroids = offsets + mean
     return Result(
         components=centroids,
         activations=None,
@@ -150,6 +154,8 @@ def collect(Z: Array, real: Array, mean: Array, offsets: Array) -> tuple[Any, An
 
 
 @jax.jit
-def _finish(Z: Array, real: Array, mean: Array, offsets: Array) -> tuple[Wide, Array]:
+def _finish(
+    Z: Array, real: Array, mean: Array, offsets: Array, unit: Array
+) -> tuple[Wide, Array]:
     squared = kmeans.assign(Z.astype(jnp.float32) - mean, offsets)[1]
-    return total(real * jnp.min(squared, axis=1)), kmeans.similarity(squared)
+    return total(real * jnp.min(squared, axis=1)), kmeans.similarity(squared, unit)

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from xlvlm_jax.solvers.sums import NEAR, Wide
-from xlvlm_jax.solvers.validation import check_block
+from xlvlm_jax.solvers.validation import LEAST, MOST, check_block, unit_for
 
 TILE_BYTES = 2**22  # the second product of a tile then finds it in the cache
 Write = Callable[[int, np.ndarray], None]
@@ -39,6 +39,77 @@ class Source(Protocol):
     def take(self, numbers: Int[np.ndarray, " R"]) -> Float[np.ndarray, "R D"]:
         """Returns rows by number."""
         ...
+
+
+class TooLargeError(ValueError):
+    """A row is finite, but its squares are not fit for the solvers; see `Scaled`."""
+
+
+class Scaled:
+    """A source divided by a power of two, so that products of its sums of squares fit float32.
+
+    Args:
+        source: the rows of Z.
+        unit: the power of two. Rows are read as they are if it is one.
+    """
+
+    def __init__(self, source: Source, unit: float):
+        self._source, self.unit = source, unit
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, D)."""
+        return self._source.shape
+
+    def tiles(self, count: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields as the source does, divided by the unit."""
+        for start, values in self._source.tiles(count):
+            yield start, self._divided(values)
+
+    def take(self, numbers: Int[np.ndarray, " R"]) -> Shaped[np.ndarray, "R D"]:
+        """Returns rows by number, divided by the unit."""
+        return self._divided(self._source.take(numbers))
+
+    def _divided(self, values: Any) -> np.ndarray:
+        # In float64, which holds the inverse of any unit.
+        return values if self.unit == 1 else (np.asarray(values, np.float64) / self.unit)
+
+
+class Scale(NamedTuple):
+    """The unit of a source, and the root mean square norm of its rows."""
+
+    unit: float
+    norm: float  # of NEAR rows, about that of all
+
+
+def scale_of(source: Source, exact: bool = False) -> Scale:
+    """Returns the unit to divide a source by, see `validation.unit_of`.
+
+    Some rows from all over the source tell that it needs none. Only if they don't, all rows are
+    read once.
+
+    Args:
+        source: the rows of Z.
+        exact: whether to look at all rows anyway.
+
+    Raises:
+        ValueError: a row has NaN or Inf; the first such row is named.
+    """
+    N, D = source.shape
+    numbers = np.unique(np.linspace(0, N - 1, min(NEAR, N)).astype(np.int64))
+    rows = np.asarray(source.take(numbers)).astype(np.float64)
+    rows = rows[np.isfinite(rows).all(axis=1)]  # the first pass reports the others
+    energy, most = np.sum(rows**2) / max(len(rows), 1), np.abs(rows).max(initial=0)
+    if not exact and most >= LEAST and energy * N < MOST:
+        return Scale(1.0, float(energy**0.5))
+    largest = total = 0.0
+    size = max(TILE_BYTES // (4 * D), 1)
+    for start, values in source.tiles(size):
+        wide = check_block(values, (min(size, N - start), D), start).astype(np.float64)
+        squares = np.sum(wide**2, axis=1)
+        _check_finite(squares, start)
+        largest, total = max(largest, float(np.abs(wide).max())), total + float(squares.sum())
+    return Scale(unit_for(largest, total), (total / max(N, 1)) ** 0.5)
 
 
 class Tile(NamedTuple):
@@ -124,12 +195,27 @@ def check_rows(tile: Tile, squares: Float[Array, " B"]) -> None:
 
     Raises:
         ValueError: one is not; the first such row is named.
+        TooLargeError: a sum is, as no row of a source in its unit has.
     """
-    bad = np.flatnonzero(~np.isfinite(np.asarray(squares[: tile.num_rows])))
+    found = np.asarray(squares[: tile.num_rows])
+    if (found < MOST).all():
+        return
+    large = np.flatnonzero(~(found < MOST))
+    rows = np.asarray(tile.Z[large], np.float32)
+    _check_finite(np.where(np.isfinite(rows).all(axis=1), 0, np.nan), tile.start + large)
+    raise TooLargeError(
+        f"squares of row {tile.start + large[0]} of Z exceed float32; divide Z by its largest value"
+    )
+
+
+def _check_finite(of_rows: Float[np.ndarray, " B"], first: int | Int[np.ndarray, " B"]) -> None:
+    """Raises ValueError if a number of rows, of which the first has this number, is not finite."""
+    bad = np.flatnonzero(~np.isfinite(of_rows))
     if bad.size:
+        number = int(first + bad[0] if isinstance(first, int) else first[bad[0]])
         raise ValueError(
-            f"Z has NaN or Inf in row {tile.start + bad[0]}, or values beyond float32; drop these "
-            "rows or fix their source"
+            f"Z has NaN or Inf in row {number}, or values beyond float32; drop these rows or fix "
+            "their source"
         )
 
 
