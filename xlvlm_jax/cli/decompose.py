@@ -265,6 +265,7 @@ def _show_needs(
     import jax
 
     from xlvlm_jax.concepts.decomposition import memory_needed, streamed_memory_needed
+    from xlvlm_jax.concepts.methods import method_named
     from xlvlm_jax.concepts.stage import rows_mesh
 
     N, D = stored.shape[0], stored.shape[1] + others
@@ -276,9 +277,12 @@ def _show_needs(
         on_host, how = needed, "streamed: a few tiles and some columns of every row"
     else:
         mesh = options.pop("mesh", None) or rows_mesh()
-        needed = memory_needed(
-            (N, D), num_concepts, method, dtype=stored.dtype, mesh=mesh, **options
-        )
+        if method_named(method).has_encoder:  # reads rows batch by batch
+            needed = streamed_memory_needed((N, D), num_concepts, method, mesh=mesh, **options)
+        else:
+            needed = memory_needed(
+                (N, D), num_concepts, method, dtype=stored.dtype, mesh=mesh, **options
+            )
         # On CPU, device memory is process memory, and rows stay where they were read.
         on_cpu = jax.default_backend() == "cpu"
         of_rows = needed * jax.local_device_count() if on_cpu else matrix

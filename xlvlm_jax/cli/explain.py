@@ -13,9 +13,11 @@ from xlvlm_jax.cli.console import (
     Images,
     Overwrite,
     Site,
+    bars,
     console,
     dtype_of,
     load_model,
+    progress_bars,
     refuse_existing,
     require_counts,
 )
@@ -103,16 +105,19 @@ def explain(
             asked = stored_sample(opened, sample)
             asked = asked if prompt is None else dataclasses.replace(asked, prompt=prompt)
         selection = {} if opened is None else opened.manifest.get("selection") or {}
-        explained = explain_picture(
-            load_model(model, dtype_of(dtype, opened), adapter=adapter),
-            learnt,
-            asked,
-            num_concepts=num_concepts,
-            site=site,
-            of_image=selection.get("mode") == "image",
-            max_new_tokens=max_new_tokens,
-        )
-    _show(explained)
+        vlm = load_model(model, dtype_of(dtype, opened), adapter=adapter)
+        with progress_bars() as progress:
+            explained = explain_picture(
+                vlm,
+                learnt,
+                asked,
+                num_concepts=num_concepts,
+                site=site,
+                of_image=selection.get("mode") == "image",
+                max_new_tokens=max_new_tokens,
+                progress=bars(progress)("removing"),
+            )
+    _show(explained, len(learnt.components))
     if output is not None:
         if output.suffix == ".html":
             write_explanation(explained, output, _facts(model, learnt, concepts))
@@ -127,7 +132,7 @@ def _facts(model: str, learnt: "Concepts", concepts: Path | None) -> list[tuple[
     return [(name, str(value)) for name, value in facts.items() if value]
 
 
-def _show(explained: "SampleExplanation") -> None:
+def _show(explained: "SampleExplanation", num_concepts: int) -> None:
     ran = explained.log_probability is not None
     columns = ("effect", "without it") if ran else ("images",)
     table = Table("concept", "activation", "words", *columns, box=None)
@@ -138,5 +143,8 @@ def _show(explained: "SampleExplanation") -> None:
             cells = [f"{active.effect:.3g}", active.answer_without or ""]
         table.add_row(str(active.concept), f"{active.activation:.3g}", words, *cells)
     console.print(table)
+    if explained.num_removed is not None and explained.num_removed < num_concepts:
+        most = f"the {explained.num_removed} most active of {num_concepts} concepts"
+        console.print(f"effects are of {most}, which alone were removed")
     said = "" if explained.prediction is None else f": {explained.prediction}"
     console.print(f"{explained.sample}{said}")

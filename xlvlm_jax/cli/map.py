@@ -165,6 +165,8 @@ def _store(
     learnt = Concepts.load(directory)
     source = named_features(None, learnt.source, directory, "pictures to map")
     opened = Features.open(source)
+    if learnt.dead.all():
+        raise ValueError(f"no row activates a concept of {directory}, so there is nothing to map")
     vlm = load_model(model, dtype_of(dtype, opened), adapter=adapter)
     with progress_bars() as progress:
         advance = bars(progress)("mapping")

@@ -1,6 +1,6 @@
 """How an answer's probability depends on the states of a site, at every position of the prompt.
 
-B batch, T positions, D width, A tokens of the longest answer.
+B batch, T positions, D width.
 """
 
 import functools
@@ -16,6 +16,8 @@ from ports.intervene.sites import capture
 from ports.intervene.steer import substitute
 from ports.nn.vision_language import Inputs, VisionLanguageModel
 from ports.parallel import sharding
+
+TOGETHER = 8  # tokens that the length of an answer is rounded up to, for fewer programs
 
 
 class AnswerGradients(NamedTuple):
@@ -76,13 +78,15 @@ def answer_gradients(
             f"answers have {lengths.tolist()} tokens in rows of {real.tolist()}; expected from one "
             "to one less than the row per row"
         )
+    # One program for answers of about the same length.
+    longest = min(-(-int(lengths.max()) // TOGETHER) * TOGETHER, ids.shape[1] - 1)
     found = _answer_gradients(
         vlm.module,
         vlm.params,
         vlm.place(inputs),
         jnp.asarray(lengths),
         site,
-        int(lengths.max()),
+        longest,
         vlm._mesh,
     )
     length = ids.shape[1]

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 from xlvlm_jax import sae
-from xlvlm_jax.concepts.encoding import encode_all
+from xlvlm_jax.concepts.encoding import CODE_BYTES, encode_all
 from xlvlm_jax.concepts.methods import TRAINED, Method
 from xlvlm_jax.concepts.record import Concepts, components_of
 from xlvlm_jax.sae.dictionary import Details
@@ -23,13 +23,13 @@ from xlvlm_jax.solvers.sae import Trained, train
 from xlvlm_jax.solvers.sae.batches import WINDOW_BYTES
 from xlvlm_jax.solvers.sae.checkpoint import Checkpoints, describe_rows
 from xlvlm_jax.solvers.sae.side_by_side import side_by_side
+from xlvlm_jax.solvers.sae.training import DivergedError
 from xlvlm_jax.solvers.validation import (
     StoredMatrix,
     as_matrix,
     check_finite,
     is_stored,
     narrow,
-    on_device,
 )
 
 SAVE_EVERY = 500  # updates between two states of a run that can be resumed
@@ -48,6 +48,7 @@ def decompose(
     every: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     target: Any = None,
+    activations: bool = True,
 ) -> Concepts:
     """Trains a sparse autoencoder, transcoder or crosscoder on rows, and encodes them.
 
@@ -58,12 +59,14 @@ def decompose(
         options: its options, checked.
         key: random key.
         mesh: shards batches on "data" and features on "model".
-        write: called with (first row, activations); None keeps the activations in the result.
+        write: called with (first row, activations); None keeps the activations in the result, in
+            the host's memory.
         tell: called after every few updates.
         every: number of updates between calls; None for the default.
         checkpoint: directory for states of the unfinished run, from which it goes on if it was
             killed; the caller removes it once the result is saved. None for no states.
         target: for transcoders and crosscoders, like Z: the rows of the other site or model.
+        activations: whether the result has them, where `write` is None.
 
     Returns:
         The concepts; source has "explained_variance", "l0" and "dead_share" of all rows.
@@ -101,18 +104,23 @@ def decompose(
                 "rows": describe_rows(rows),
             }
             states = stack.enter_context(Checkpoints(Path(checkpoint), run, SAVE_EVERY))
-        found = train(
-            rows,
-            key,
-            settings,
-            num_concepts,
-            mesh=mesh,
-            tell=tell,
-            checkpoint=states,
-            widths=widths,
-            **told,
-        )
-    return _concepts(found, rows, method, write, widths)
+        try:
+            found = train(
+                rows,
+                key,
+                settings,
+                num_concepts,
+                mesh=mesh,
+                tell=tell,
+                checkpoint=states,
+                widths=widths,
+                **told,
+            )
+        except DivergedError:
+            if states is not None:  # would end the same, and stand in the way of other options
+                states.forget()
+            raise
+    return _concepts(found, rows, method, write, widths, mesh, activations)
 
 
 def memory_needed(
@@ -123,10 +131,11 @@ def memory_needed(
     on_data: int = 1,
     on_model: int = 1,
 ) -> int:
-    """Returns about how many bytes per device training takes.
+    """Returns about how many bytes per device training and encoding take, without Z.
 
     Four arrays of the size of each matrix (parameters, moments, derivative), what a batch makes of
-    codes and rows, and two windows of rows that are read ahead.
+    codes and rows, and two windows of rows that are read ahead; or afterwards the matrices on every
+    device, and some rows' codes as they are and as they are selected.
 
     Args:
         shape: (N, D), of two sources with D of both together.
@@ -146,7 +155,9 @@ def memory_needed(
     (N, D), B = shape, min(settings.batch_size, shape[0])
     parameters = 4 * 4 * 2 * num_concepts * D // on_model
     batch = 4 * B * (5 * num_concepts // on_model + 6 * D) // on_data
-    return parameters + batch + 2 * min(WINDOW_BYTES, 4 * N * D)
+    training = parameters + batch + 2 * min(WINDOW_BYTES, 4 * N * D)
+    codes = min(CODE_BYTES, 4 * N * num_concepts) // on_data
+    return max(training, 4 * 2 * num_concepts * D + 2 * codes)
 
 
 def checked(Z: Any, name: str = "Z") -> Shaped[Array, "N D"]:
@@ -171,6 +182,8 @@ def _concepts(
     method: Method,
     write: Callable[[int, np.ndarray], None] | None,
     widths: tuple[int, ...] | None,
+    mesh: Mesh | None,
+    activations: bool,
 ) -> Concepts:
     settings = found.settings
     options = dataclasses.asdict(settings)
@@ -188,7 +201,7 @@ def _concepts(
         details=Details({"metadata": {"training": {"method": method.name, **options}}}),
     )
     K = len(dictionary.components)
-    kept = np.empty((rows.shape[0], K), np.float32) if write is None else None
+    kept = np.empty((rows.shape[0], K), np.float32) if write is None and activations else None
 
     def keep(start: int, codes: np.ndarray) -> None:
         if write is not None:
@@ -196,10 +209,10 @@ def _concepts(
         if kept is not None:
             kept[start : start + len(codes)] = codes
 
-    quality = encode_all(dictionary, rows, keep)
+    quality = encode_all(dictionary, rows, keep, _for_rows(mesh))
     return Concepts(
         components=components_of(dictionary),
-        activations=None if kept is None else on_device(kept, share=True),
+        activations=kept,
         method=method.name,
         options=options,
         objective=quality.error,
@@ -208,6 +221,13 @@ def _concepts(
         source=quality.as_source(),
         dictionary=dictionary,
     )
+
+
+def _for_rows(mesh: Mesh | None) -> Mesh | None:
+    """Returns the mesh if rows can be encoded on it: if all of it is this host's."""
+    if mesh is None or "data" not in mesh.axis_names or mesh.is_multi_process:
+        return None
+    return mesh
 
 
 def _per_loss(dictionary: sae.Dictionary, scales: Any) -> float:

@@ -115,9 +115,9 @@ def decompose(
             models, at once. Components are of Z; `sae.decoders` has both, and `sae.whose` tells
             what they share. Encode rows of both side by side.
 
-    Works under jit and vmap (Z and key as arguments). Everything that needs values is then
-    skipped: rows are neither checked nor scaled, stability is not computed, and `history` keeps its
-    full length. Not differentiable: `project` is.
+    Works under jit and vmap (Z and key as arguments), but for relative_alpha, progress and verbose.
+    Everything that needs values is then skipped: rows are neither checked nor scaled, stability is
+    not computed, and `history` keeps its full length. Not differentiable: `project` is.
 
     A zero matrix, equal rows, or fewer directions than concepts are not errors: an unneeded atom
     keeps unit norm and zero codes, surplus centroids coincide with rows.
@@ -157,20 +157,24 @@ def decompose(
             once the result is saved.
         target: for transcoders and crosscoders, like Z: states of the other site or model for the
             same tokens, row for row.
-        activations: for kmeans, False to leave them out. With thousands of clusters they may
-            take most of the time and memory; `project` computes those of some rows.
+        activations: for kmeans and sparse autoencoders, False to leave them out. With thousands of
+            concepts they may take most of the time and memory; `project` computes those of some
+            rows.
         **options: options of the method, see above.
 
     Returns:
-        Concepts with float32 JAX arrays; for several K a list of them, in that order. For codes on
-        fixed atoms use `project`, or init=atoms with max_iter=0.
+        Concepts with float32 JAX arrays; for several K a list of them, in that order. Activations
+        of sparse autoencoders stay in numpy, as they may exceed an accelerator's memory. For codes
+        on fixed atoms use `project`: `init` is where the search starts, and its atoms are scaled to
+        length one.
 
     Raises:
         ValueError: Z is not a matrix of finite real numbers (the first bad row is named), K does
             not fit, the method or an option is unknown, an option is invalid, weights are negative,
             all zero or not for kmeans, activations are left out of another method, `init` has
             another shape, `target` is missing or not for the method, `checkpoint` is given for
-            another method or several K, Z is traced and the method is trained in batches, the mesh
+            another method or several K, Z is traced and the method is trained in batches, or
+            relative_alpha, progress or verbose is given while Z or key is traced, the mesh
             has no "data" axis, the rows of a source do not match its shape, or the objective
             exceeds float32.
         TypeError: Z is not an array of numbers.
@@ -195,8 +199,10 @@ def decompose(
         pad = mesh is None and not how.has_encoder
         given = as_matrix(Z, "Z", row="sample", share=True, pad=pad)
         N, D = Z.shape
+    if isinstance(num_concepts, np.ndarray) and num_concepts.ndim == 0:
+        num_concepts = num_concepts.item()
     several = isinstance(num_concepts, Sequence | np.ndarray)
-    numbers = tuple(num_concepts) if several else (num_concepts,)
+    numbers = tuple(np.asarray(num_concepts).tolist()) if several else (num_concepts,)
     if not numbers:
         raise ValueError(
             "num_concepts is empty; expected one number of concepts or a sequence of them"
@@ -206,7 +212,9 @@ def decompose(
     _check_key(key)
     check_whole("verbose", verbose, 0)
     _check_activations(activations, how)
-    heaviest = 1.0
+    _check_values_known(Z, key, options, progress, verbose)
+    _check_one_start(options)
+    heaviest, weight = 1.0, float(N)
     if sample_weight is not None:
         if not how.takes_weights:
             known = " or ".join(repr(name) for name, each in METHODS.items() if each.takes_weights)
@@ -214,6 +222,8 @@ def decompose(
                 f"{how.name!r} does not take weights; omit sample_weight or use {known}"
             )
         sample_weight, heaviest = check_weights(sample_weight, N)
+        if not isinstance(sample_weight, Tracer):
+            weight = float(sample_weight.sum()) * heaviest
     if how.has_encoder:
         tell = _teller(progress, verbose, 1.0) if verbose or progress else None
         if checkpoint is not None and len(numbers) > 1:
@@ -230,6 +240,7 @@ def decompose(
                 every=verbose or None,
                 checkpoint=checkpoint,
                 target=target,
+                activations=activations,
             )
             for number in numbers
         ]
@@ -255,13 +266,13 @@ def decompose(
         _check_rounded(given, how.name)
     del given  # frees what Z is a copy of
     arguments = {name: value for name, value in options.items() if name != RELATIVE}
-    if options.get(RELATIVE):
-        # The rows that pad a mesh are zero and do not count.
-        scale = float(root_mean_square(Z / unit) * unit * (len(Z) / N) ** 0.5)
-        arguments["alpha"] = options["alpha"] = options["alpha"] * scale
-        options[RELATIVE] = False  # the options record the product
     if unit != 1:
         Z = Z / jnp.asarray(unit, Z.dtype)
+    if options.get(RELATIVE):
+        # The rows that pad a mesh are zero and do not count.
+        scale = float(root_mean_square(Z)) * unit * (len(Z) / N) ** 0.5
+        arguments["alpha"] = options["alpha"] = options["alpha"] * scale
+        options[RELATIVE] = False  # the options record the product
     if "alpha" in arguments:
         arguments["alpha"] = arguments["alpha"] / unit
     if how.is_centroids:
@@ -288,7 +299,7 @@ def decompose(
             one = _in_unit(one, how, unit, squared_unit)
         if origin is not None:
             one = _around(one, how, origin)
-        found.append(_concepts(one, how.name, dict(options)))
+        found.append(_concepts(one, how, dict(options), weight))
     if how.is_sparse and not isinstance(result.objective, Tracer):
         for concepts in found:
             if (share := _coded(concepts.activations)) < FEW_CODED:
@@ -307,9 +318,11 @@ def _teller(progress: Tell | None, verbose: int, squared_unit: float) -> Tell:
         if progress is not None:
             progress(standing)
         if verbose and standing.iteration % verbose == 0 and jax.process_index() == 0:
-            _, iteration, _, objective, error, _ = standing
-            text = f"iteration {iteration}: objective {objective:.6g}, compared to tol: {error:.2g}"
-            print(text, file=sys.stderr)
+            _, iteration, _, objective, error, figures = standing
+            # A run of a fixed length compares nothing to tol.
+            said = {} if np.isnan(error) else {"compared to tol": error}
+            told = "".join(f", {name}: {value:.2g}" for name, value in (said | {**figures}).items())
+            print(f"iteration {iteration}: objective {objective:.6g}{told}", file=sys.stderr)
 
     return tell
 
@@ -345,6 +358,7 @@ def _in_unit(result: Result, method: Method, unit: float, squared_unit: float) -
     }
     if method.is_centroids:
         squares["components"] = result.components * unit
+        squares["starts"] = None if result.starts is None else result.starts * unit
     elif result.activations is not None:
         squares["activations"] = result.activations * unit
     if result.mean is not None:
@@ -404,7 +418,8 @@ def _check_held(
 def _check_rounded(Z: Shaped[np.ndarray, "N D"], method: str) -> None:
     """Warns if float32 is too coarse for float64 rows that are not centred first."""
     largest = np.maximum(np.abs(Z.max(axis=0)), np.abs(Z.min(axis=0)))
-    rounding, deviation = np.spacing(largest.astype(np.float32)) / 2, Z.std(axis=0)
+    rounding = np.spacing(largest.astype(np.float32)) / 2
+    deviation = deviations(Z, Z.mean(axis=0))  # numpy's own makes a matrix of float64
     if np.linalg.norm(rounding) > HELD * np.linalg.norm(deviation) > 0:
         d = int(np.argmax(rounding))
         warnings.warn(
@@ -427,7 +442,9 @@ def memory_needed(
 ) -> int:
     """Returns how many bytes of device memory `decompose` takes, including Z.
 
-    Compiles the program without running it; needs no Z.
+    Compiles the program without running it; needs no Z. For sparse autoencoders it is an estimate
+    for a Z in memory; if Z reads rows, see `streamed_memory_needed`. Their activations stay on the
+    host.
 
     Args:
         shape: (N, D).
@@ -447,9 +464,9 @@ def memory_needed(
     _check_count(num_concepts, *shape, how)
     N, D = shape
     if how.has_encoder:
-        on_data = 1 if mesh is None else mesh.shape.get("data", 1)
-        on_model = 1 if mesh is None else mesh.shape.get("model", 1)
-        return autoencoders.memory_needed(shape, num_concepts, how, options, on_data, on_model)
+        # Z is on one device, which sends the rows of a batch to the others.
+        of_rows = N * D * min(jnp.dtype(dtype).itemsize, 4)
+        return of_rows + _memory_of_training(shape, num_concepts, how, options, mesh)
     sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec("data", None))
     rows = bucket_of_rows(N, D) if mesh is None else N + -N % mesh.shape["data"]
     Z = jax.ShapeDtypeStruct((rows, D), dtype, sharding=sharding)
@@ -464,6 +481,19 @@ def memory_needed(
     return _memory_of(solve.lower(Z, jax.random.key(0)).compile())
 
 
+def _memory_of_training(
+    shape: tuple[int, int],
+    num_concepts: int,
+    method: Method,
+    options: dict[str, Any],
+    mesh: Mesh | None,
+) -> int:
+    """Returns the bytes per device that a sparse autoencoder takes beside Z."""
+    on_data = 1 if mesh is None else mesh.shape.get("data", 1)
+    on_model = 1 if mesh is None else mesh.shape.get("model", 1)
+    return autoencoders.memory_needed(shape, num_concepts, method, options, on_data, on_model)
+
+
 def _memory_of(program: jax.stages.Compiled) -> int:
     """Returns the bytes of a program's arguments, results and what it computes with."""
     memory: Any = program.memory_analysis()
@@ -473,7 +503,12 @@ def _memory_of(program: jax.stages.Compiled) -> int:
 
 
 def streamed_memory_needed(
-    shape: tuple[int, int], num_concepts: int, method: str = "snmf", **options: Any
+    shape: tuple[int, int],
+    num_concepts: int,
+    method: str = "snmf",
+    *,
+    mesh: Mesh | None = None,
+    **options: Any,
 ) -> int:
     """Returns how many bytes `decompose_stored` takes: tiles, and the few columns of every row.
 
@@ -481,14 +516,18 @@ def streamed_memory_needed(
         shape: (N, D).
         num_concepts: K.
         method: as for `decompose_stored`.
+        mesh: as for `decompose_stored`.
         **options: as for `decompose_stored`.
 
     Raises:
         ValueError: as for `decompose_stored`.
     """
     if method_named(method).has_encoder:
-        return memory_needed(shape, num_concepts, method, **options)
+        how = method_named(method)
+        _check_count(num_concepts, *shape, how)
+        return _memory_of_training(shape, num_concepts, how, options, automatic(mesh))
     how, solver = _streamed(method)
+    _check_one_device(mesh, how)
     _check_count(num_concepts, *shape, how)
     # One tile, the next one being read, and their products; activations being written.
     of_tiles = 4 * TILE_BYTES
@@ -527,7 +566,7 @@ def _check_activations(wanted: bool, method: Method) -> None:
     if not wanted and not method.can_omit_activations:
         raise ValueError(
             f"{method.name!r} computes its activations with its components; omit "
-            "activations=False, or use 'kmeans'"
+            "activations=False, or use 'kmeans' or a sparse autoencoder"
         )
 
 
@@ -538,10 +577,49 @@ def _check_no_checkpoint(checkpoint: Any, method: Method) -> None:
         )
 
 
+def _check_one_device(mesh: Mesh | None, method: Method) -> None:
+    if mesh is not None:
+        raise ValueError(
+            f"{method.name!r} reads stored rows on one device; omit mesh, or use decompose, which "
+            "spreads them"
+        )
+
+
 def _check_key(key: Any) -> None:
     dtype = getattr(key, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
         raise ValueError(f"key must come from jax.random.key; got {key!r}, try jax.random.key(0)")
+    if key.shape:
+        raise ValueError(
+            f"key must be a single one; got an array of keys of shape {key.shape}, pass one of them"
+        )
+
+
+def _check_values_known(
+    Z: Any, key: Any, options: dict[str, Any], progress: Any, verbose: int
+) -> None:
+    """Raises ValueError if something is asked for that a traced call cannot know."""
+    asked = {
+        "relative_alpha": options.get(RELATIVE) and isinstance(Z, Tracer),
+        "progress": progress is not None,
+        "verbose": verbose,
+    }
+    if isinstance(Z, Tracer) or isinstance(key, Tracer):
+        for name in (name for name, is_asked in asked.items() if is_asked):
+            raise ValueError(
+                f"{name} needs values that are not known under jit and vmap; omit it, or call "
+                "decompose outside of them"
+            )
+
+
+def _check_one_start(options: dict[str, Any]) -> None:
+    """Warns if several starts are asked for, but the components to start from are given."""
+    if options.get("init") is not None and (options.get("n_init") or 1) > 1:
+        warnings.warn(
+            f"n_init={options['n_init']} has no effect with given init, which is the only start; "
+            "omit n_init",
+            stacklevel=4,
+        )
 
 
 def _without_padding(result: Result, num_concepts: int, num_samples: int) -> Result:
@@ -556,8 +634,10 @@ def _without_padding(result: Result, num_concepts: int, num_samples: int) -> Res
     )
 
 
-def _concepts(result: Result, method: str, options: dict[str, Any]) -> Concepts:
-    """Converts one of the solver's results to concepts."""
+def _concepts(
+    result: Result, how: Method, options: dict[str, Any], weight: float = 1.0
+) -> Concepts:
+    """Converts one of the solver's results to concepts; `weight` is that of all rows."""
     traced = isinstance(result.objective, Tracer)
 
     def number(kind: type, value: Any) -> Any:
@@ -568,10 +648,14 @@ def _concepts(result: Result, method: str, options: dict[str, Any]) -> Concepts:
     updates = options.get("max_iter", 0) if traced else iterations
     if not traced and not np.isfinite(result.objective):
         raise ValueError(
-            f"the objective of {method} is {float(result.objective)}: squares of Z exceed "
+            f"the objective of {how.name} is {float(result.objective)}: squares of Z exceed "
             "float32; divide Z by its largest value, or drop columns that dwarf the others"
         )
-    several_starts = not traced and result.starts is not None and len(result.starts) > 1
+    stable = None
+    if not traced and result.starts is not None and len(result.starts) > 1:
+        # Starts of centroids are offsets from the rows' mean.
+        radius = (number(float, result.objective) / weight) ** 0.5 if how.is_centroids else None
+        stable = stability(np.asarray(result.starts), radius)
     # The history has more room than updates.
     history = result.history[: updates + 1]
     arrays = _on_device([result.components, result.activations, history, result.mean])
@@ -579,14 +663,14 @@ def _concepts(result: Result, method: str, options: dict[str, Any]) -> Concepts:
     return Concepts(
         components=components,
         activations=activations,
-        method=method,
+        method=how.name,
         options=options,
         objective=number(float, result.objective),
         iterations=iterations,
         converged=number(bool, result.converged),
         history=history,
         mean=mean,
-        stability=stability(np.asarray(result.starts)) if several_starts else None,
+        stability=stable,
     )
 
 
@@ -652,7 +736,8 @@ def decompose_stored(
         Concepts; without activations if `write` is given.
 
     Raises:
-        ValueError: as for `decompose`; NaN or Inf is found, and the row named, in the first pass.
+        ValueError: as for `decompose`, or a mesh is given for another method than a sparse
+            autoencoder; NaN or Inf is found, and the row named, in the first pass.
 
     Examples:
         >>> import jax, numpy as np, tempfile, xlvlm_jax
@@ -687,6 +772,7 @@ def decompose_stored(
         )
     how, solver = _streamed(method)
     _check_no_checkpoint(checkpoint, how)
+    _check_one_device(mesh, how)
     options = how.options(options)
     for name, unset in (("init", None), (RELATIVE, False)):
         if options.pop(name, unset) is not unset:
@@ -703,7 +789,7 @@ def decompose_stored(
         result, share = solve(scale.unit, key, write, progress)
     if how.is_sparse:
         _check_coded(share, options["alpha"], scale.norm)
-    return _concepts(result, how.name, options)
+    return _concepts(result, how, options, float(source.shape[0]))
 
 
 def _solve_stored(
@@ -806,15 +892,18 @@ def project_stored(
         yield start, rows, keep_pace(_project(rows, concepts, mesh, start))
 
 
-def distances(Z: Any, concepts: Concepts) -> tuple[Int[Array, " N"], Float[Array, "N K"]]:
+def distances(
+    Z: Any, concepts: Concepts, *, mesh: Mesh | None = None
+) -> tuple[Int[Array, " N"], Float[Array, "N K"]]:
     """Returns the nearest component of each row, and its distances to all components.
 
     Distances distinguish rows whose activations, 1 / (1 + distance), round to one. Works
     under the same transformations as `project`.
 
     Args:
-        Z: real numbers[N, D], as for `decompose`.
+        Z: real numbers[N, D], as for `project`.
         concepts: of kmeans or simple.
+        mesh: as for `decompose`.
 
     Returns:
         int32[N] and float[N, K].
@@ -825,10 +914,26 @@ def distances(Z: Any, concepts: Concepts) -> tuple[Int[Array, " N"], Float[Array
     """
     if not method_named(concepts.method).is_centroids:
         raise ValueError(f"{concepts.method!r} has no distances; use concepts of kmeans or simple")
-    rows = _rows_of(Z, concepts, None, 0)
-    found = on_host(kmeans.nearest_and_distances(rows.Z, rows.components, rows.unit))
-    labels, apart = found
-    N, K = len(Z), len(concepts.components)
+    if is_stored(Z):
+        N, D = Z.shape
+        size = max(PROJECTED_BYTES // (4 * max(D, len(concepts.components))), 1)
+        starts = range(0, max(N, 1), size)
+        parts = [
+            keep_pace(_distances(read_block(Z, at, min(at + size, N)), concepts, mesh, at))
+            for at in starts
+        ]
+        labels, apart = zip(*parts, strict=True)
+        return jnp.concatenate(labels), jnp.concatenate(apart)
+    return _distances(Z, concepts, mesh, 0)
+
+
+def _distances(
+    Z: Any, concepts: Concepts, mesh: Mesh | None, first_row: int
+) -> tuple[Int[Array, " N"], Float[Array, "N K"]]:
+    """Does `distances` for rows numbered from `first_row`."""
+    rows = _rows_of(Z, concepts, automatic(mesh), first_row)
+    labels, apart = on_host(kmeans.nearest_and_distances(rows.Z, rows.components, rows.unit))
+    N, K = rows.num_samples, len(concepts.components)
     return jax.device_put(labels[:N]), jax.device_put(apart[:N, :K])
 
 

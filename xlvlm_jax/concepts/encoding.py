@@ -115,6 +115,7 @@ def encode_all(
     dictionary: Dictionary,
     Z: Shaped[AnyArray, "N D"] | StoredMatrix,
     write: Callable[[int, Float[np.ndarray, "M K"]], None],
+    mesh: Mesh | None = None,
 ) -> Quality:
     """Computes the codes of all rows in one pass, and how well they describe them.
 
@@ -124,6 +125,7 @@ def encode_all(
             errors are in units of its scales. Of a transcoder those of the second site may follow
             those of the first; without them only the codes' figures are known.
         write: called with (first row, codes) in order.
+        mesh: shards the rows on its "data" axis; all of its devices are this host's.
 
     Raises:
         ValueError: a row is not finite, or of another width.
@@ -138,9 +140,11 @@ def encode_all(
     moment, alive = np.zeros_like(centre), np.zeros(K, bool)
     for start, rows in _blocks(Z, max(CODE_BYTES // (4 * K), 1)):
         states, meant = (rows[:, :D], rows[:, D:]) if settings.is_transcoder else (rows, rows)
-        codes = encode(dictionary, states, first_row=start)
+        codes = encode(dictionary, states, mesh, first_row=start)
         if known:
             wide = np.asarray(meant, np.float64)
+            if settings.is_transcoder:  # `encode` looks at the others
+                _check_target(wide, start)
             error = (wide - np.asarray(decode(dictionary, codes, states))) * unit
             off = (wide - centre) * unit
             left += np.sum(error**2)
@@ -156,6 +160,16 @@ def encode_all(
         l0=active / N,
         dead_share=float(1 - alive.mean()),
     )
+
+
+def _check_target(rows: Float[np.ndarray, "M E"], first_row: int) -> None:
+    """Raises ValueError if a row of a transcoder's second site is not finite."""
+    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+    if bad.size:
+        raise ValueError(
+            f"target has NaN or Inf in row {first_row + bad[0]}, or values beyond float32; drop "
+            "these rows or fix their source"
+        )
 
 
 def check_columns(dictionary: Dictionary, columns: int) -> None:

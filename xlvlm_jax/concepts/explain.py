@@ -4,6 +4,7 @@ by those that its answer depends on most.
 K concepts, T positions, D width, h x w cells of a picture.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,8 @@ from xlvlm_jax.features.reader import (
 )
 from xlvlm_jax.features.samples import columns, name_of
 from xlvlm_jax.storage.same_model import require_model
+
+MOST_REMOVED = 256  # concepts that are removed one by one, in 33 passes of the model
 
 
 class ActiveConcept(NamedTuple):
@@ -52,6 +55,7 @@ class SampleExplanation(NamedTuple):
     prompt: str | None = None
     log_probability: float | None = None  # of the answer
     layout: PatchLayout | None = None  # the cells of the maps
+    num_removed: int | None = None  # how many concepts were removed, the most active ones
 
 
 def explain_sample(
@@ -117,6 +121,7 @@ def explain_picture(
     site: str | None = None,
     of_image: bool = False,
     max_new_tokens: int = 20,
+    progress: Callable[[int, int], None] | None = None,
 ) -> SampleExplanation:
     """Runs a model on a picture, and explains its answer by concepts.
 
@@ -125,12 +130,14 @@ def explain_picture(
         concepts: concepts, grounded in words.
         sample: picture and prompt.
         num_concepts: number of concepts with the highest activations, and of those whose removal
-            lowers the answer's probability most, to return.
+            lowers the answer's probability most, to return. Of more than 256 concepts only so many
+            are removed, those with the highest activations.
         site: the site of the concepts, where they do not name it.
         of_image: whether the concepts were learnt on image tokens: their activation is the highest
             in a cell of the picture. Otherwise it is the mean over the states that predicted the
             tokens of the answer.
         max_new_tokens: maximum number of tokens of an answer.
+        progress: called with (concepts removed, number to remove) after every few of them.
 
     Returns:
         The concepts by activation, the strongest first, each with its map over the picture, its
@@ -163,7 +170,6 @@ def explain_picture(
     (text,) = vlm.decode(tokens[None])
     answer = text.strip()
     directions = concept_directions(concepts)
-    log_probability, effects = removal_effects(vlm, sample, answer, site, directions)
     if of_image:
         activations = np.nanmax(drawn, axis=(1, 2))
     else:
@@ -171,9 +177,14 @@ def explain_picture(
         length = int(np.argmax(ended)) if ended.any() else len(tokens)
         states = np.asarray(made.states[site][0, :length], np.float32)
         activations = np.asarray(project(states, concepts)).mean(axis=0)
-    by_activation = np.argsort(-activations, kind="stable")[:num_concepts]
-    by_effect = np.argsort(effects, kind="stable")[:num_concepts]
-    chosen = list(dict.fromkeys([*by_activation.tolist(), *by_effect.tolist()]))
+    by_activation = np.argsort(-activations, kind="stable")
+    removed = np.sort(by_activation[: max(MOST_REMOVED, num_concepts)])
+    log_probability, changes = removal_effects(
+        vlm, sample, answer, site, directions[removed], progress=progress
+    )
+    effects = dict(zip(removed.tolist(), changes.tolist(), strict=True))
+    by_effect = sorted(effects, key=effects.__getitem__)[:num_concepts]
+    chosen = list(dict.fromkeys([*by_activation[:num_concepts].tolist(), *by_effect]))
     chosen.sort(key=lambda k: -activations[k])
     without = answers_without(vlm, sample, site, directions[chosen], max_new_tokens=max_new_tokens)
     return SampleExplanation(
@@ -186,7 +197,7 @@ def explain_picture(
                 activation=float(activations[k]),
                 words=list(concepts.words[k]),
                 images=[] if concepts.images is None else list(concepts.images[k]),
-                effect=float(effects[k]),
+                effect=effects[k],
                 answer_without=said,
                 map=drawn[k],
             )
@@ -195,6 +206,7 @@ def explain_picture(
         prompt=sample.prompt,
         log_probability=log_probability,
         layout=layout,
+        num_removed=len(removed),
     )
 
 

@@ -3,7 +3,6 @@
 Axes: K concepts, D width, V vocabulary, N samples.
 """
 
-import collections
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.errors import FlaxError
 from jax.core import Tracer
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from ports import VLM
 from xlvlm_jax.data.word_rules import Rules, concept_words
@@ -168,7 +167,7 @@ def ground_images(
     if isinstance(activations, Tracer):
         return jax.lax.top_k(activations.T, num_images)[1]
     if isinstance(activations, jax.Array):
-        collections.deque(_finite(tiles_of(activations)), maxlen=0)
+        _check_finite(np.asarray(jnp.isfinite(activations).all(axis=1)), 0)  # where they are
         return jax.lax.top_k(activations.T, num_images)[1]
     return strongest_rows(tiles_of(activations), activations.shape[1], num_images)
 
@@ -213,7 +212,7 @@ def strongest_samples(
         tiles: activations as (first row, some rows), in order.
         num_concepts: K.
         samples: the sample of each row.
-        count: maximum number of samples per concept.
+        count: maximum number of samples per concept; none of 0.
 
     Returns:
         For each concept the rows, each of another sample, the strongest first; ties go to the
@@ -221,6 +220,8 @@ def strongest_samples(
     """
     values = np.full((num_concepts, count), -np.inf, np.float32)
     rows = np.full(values.shape, -1, np.int64)
+    if count == 0:
+        return list(rows)
     for start, tile in _finite(tiles):
         own = samples[start : start + len(tile)]
         most, first = _of_samples(np.where(tile == 0, -np.inf, tile), own)
@@ -270,11 +271,14 @@ def tiles_of(
 
 def _finite(tiles: Iterable[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:
     for start, tile in tiles:
-        finite = np.isfinite(tile).all(axis=1)
-        if not finite.all():
-            number = start + int(np.argmin(finite))
-            raise ValueError(f"activations of sample {number} contain NaN or Inf")
+        _check_finite(np.asarray(np.isfinite(tile).all(axis=1)), start)
         yield start, tile
+
+
+def _check_finite(finite: Bool[np.ndarray, " B"], start: int) -> None:
+    if not finite.all():
+        number = start + int(np.argmin(finite))
+        raise ValueError(f"activations of sample {number} contain NaN or Inf")
 
 
 def largest(values: np.ndarray, count: int) -> np.ndarray:

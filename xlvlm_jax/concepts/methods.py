@@ -128,7 +128,7 @@ class Method:
             float[N, D], in numpy if the first two are numpy, else in JAX.
         """
         if self.is_centroids:
-            return components[activations.argmax(axis=1)]
+            return components[activations.argmax(axis=1)]  # of several the first
         if isinstance(activations, np.ndarray) and isinstance(components, np.ndarray):
             product = activations @ components
         else:
@@ -162,6 +162,8 @@ class Method:
                     + _nearest(name, options)
                 )
         options |= given
+        if self.training is not None:  # constants of its programs, and JSON
+            options = {name: _plain(value) for name, value in options.items()}
         for name in switches:
             if not isinstance(options[name], bool | np.bool_):
                 raise ValueError(f"{name} must be True or False; got {options[name]!r}")
@@ -174,10 +176,14 @@ class Method:
             if options.get(name) is not None:
                 check_whole(name, options[name], lowest)
                 options[name] = int(options[name])
-        for name in ("prefixes", "input_scale"):
-            if isinstance(options.get(name), list):  # as JSON has it
-                options[name] = tuple(options[name])
         return options
+
+
+def _plain(value: Any) -> Any:
+    """Returns numbers of numpy and JAX as Python's, and arrays and lists of them as tuples."""
+    if isinstance(value, np.generic | np.ndarray | jax.Array):
+        value = np.asarray(value).tolist()
+    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
 
 
 @functools.cache
@@ -246,7 +252,7 @@ METHODS = {
 ALIASES = {"nndl": "snmf"}
 # Sparse autoencoders: those that can be trained, and others that only files hold.
 AUTOENCODERS = {
-    name: Method(name, training=sae.METHODS.get(name))
+    name: Method(name, training=sae.METHODS.get(name), can_omit_activations=name in sae.METHODS)
     for name in dict.fromkeys((*sae.METHODS, *dictionary.METHODS.values()))
 }
 TRAINED = tuple(sae.METHODS)

@@ -73,10 +73,10 @@ def map_pictures(
         named twice.
 
     Raises:
-        ValueError: nothing is to be mapped, the site is unknown, missing or, for an answer, after
-            the last layer that reads other positions; the concepts are of another site, width or
-            model, a number or word is unknown, the model's image tokens have no place, or a prompt
-            has no picture.
+        ValueError: nothing is to be mapped or there is no picture; the site is unknown, missing or,
+            for an answer, after the last layer that reads other positions; the concepts are of
+            another site, width or model, a number or word is unknown, the model's image tokens have
+            no place, or a prompt has no picture.
         OSError: a picture can't be read.
     """
     vectors = vectors or {}
@@ -84,6 +84,8 @@ def map_pictures(
     own = _site_of(vlm, site, concepts, vectors, needed=bool(words or answers))
     if not (concepts or words or vectors or answers):
         raise ValueError("nothing to map; give concepts, a word, a vector or an answer")
+    if not samples:
+        raise ValueError("no samples to map on; give at least one with a picture")
     if concepts is not None:
         require_model(concepts.source, vlm, "the concepts were learnt on the states of")
         check_concepts(numbers, len(concepts.components))

@@ -1,5 +1,6 @@
 """`Concepts`: what a method found, and its directory on disk."""
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -69,8 +70,11 @@ class Concepts:
             simple the sum of squared distances to the nearest component). Under jit or vmap, this
             and the next two are arrays.
         iterations: number of updates in the run that was kept.
-        converged: whether the stopping rule ended it, rather than max_iter.
-        history: float32[iterations + 1], the objective at the start and after each update.
+        converged: whether the stopping rule ended it, rather than max_iter; True for methods
+            without one: simple, and sparse autoencoders, whose number of updates is given.
+        history: float32[iterations + 1], the objective at the start and after each update; of
+            sparse autoencoders float32[iterations], the loss of each update's batch, in the
+            objective's unit.
         mean: float32[D], what pca subtracts from every row, float64 if Z was; None for the other
             methods.
         stability: float32[K], the mean cosine of each concept with its match in the other starts
@@ -142,7 +146,9 @@ class Concepts:
         if isinstance(self.activations, StoredRows):  # may not fit into memory
             tiles = self.activations.tiles(max(TILE_NUMBERS // len(self.components), 1))
             return ~np.logical_or.reduce([np.any(tile != 0, axis=0) for _, tile in tiles])
-        return ~np.asarray(jnp.any(jnp.asarray(self.activations) != 0, axis=0))
+        if isinstance(self.activations, np.ndarray):  # where they are, without a copy
+            return ~np.asarray(self.activations.any(axis=0))
+        return ~np.asarray(jnp.any(self.activations != 0, axis=0))
 
     def tree_flatten(self) -> tuple[tuple, str]:
         """Returns the numbers, and the rest as JSON, so that concepts pass through jit and vmap."""
@@ -174,12 +180,13 @@ class Concepts:
         Args:
             components: real numbers[K, D].
             method: one of `decompose`.
-            mean: real numbers[D], what pca subtracts; None for zero.
+            mean: real numbers[D], what pca subtracts; None for zero. float64 from numpy keeps its
+                digits.
             **options: options of the method.
 
         Raises:
-            ValueError: components are not a finite matrix, mean is not [D] or the method is not
-                pca, or the method or an option is unknown.
+            ValueError: components are not a finite matrix, mean is not [D], not finite or the
+                method is not pca, or the method or an option is unknown.
         """
         how = method_named(method)
         if how.has_encoder:
@@ -193,7 +200,10 @@ class Concepts:
         if mean is not None:
             if not how.has_mean:
                 raise ValueError(f"{how.name!r} does not subtract a mean; omit mean or use 'pca'")
-            mean = jnp.asarray(mean, real_dtype(components))
+            if not (isinstance(mean, np.ndarray) and mean.dtype == np.float64):
+                mean = jnp.asarray(mean, real_dtype(components))
+            if not np.isfinite(np.asarray(mean)).all():
+                raise ValueError("mean has NaN or Inf; give the mean of finite rows")
             if mean.shape != (D,):
                 raise ValueError(
                     f"mean must have shape ({D},), one entry per column of components; got "
@@ -221,7 +231,8 @@ class Concepts:
             side: of a crosscoder, the source whose decoder gives the components: 0 or 1.
 
         Raises:
-            ValueError: codes depend on other positions (temporal).
+            ValueError: codes depend on other positions (temporal), or the dictionary does not have
+                this side.
 
         Examples:
             >>> import numpy as np, xlvlm_jax
@@ -238,6 +249,10 @@ class Concepts:
                 f"{dictionary.method!r} encodes whole sequences, so its features are not concepts "
                 "of rows; use its encode and decode"
             )
+        sides = len(settings.widths) if settings.is_crosscoder else 1
+        if not 0 <= side < sides:
+            expected = f"0 to {sides - 1}" if sides > 1 else "0, as only crosscoders have two"
+            raise ValueError(f"side is {side}; expected {expected}")
         site: dict[str, Any] = {} if dictionary.site is None else {"site": dictionary.site}
         if settings.is_transcoder and (target := dictionary.target_site) is not None:
             site["target"] = {"site": target}
@@ -278,7 +293,7 @@ class Concepts:
 
         Args:
             components: float[K, D].
-            mean: what pca subtracts.
+            mean: what pca subtracts; None for what it subtracts here.
 
         Returns:
             Concepts without activations. Those of a sparse autoencoder encode with columns that
@@ -291,6 +306,7 @@ class Concepts:
         dictionary = self.dictionary
         if dictionary is not None:
             dictionary = dictionary.moved(components)
+        mean = self.mean if mean is None else mean
         return replace(
             self, components=components, activations=None, mean=mean, dictionary=dictionary
         )
@@ -475,12 +491,13 @@ class StoredActivations:
     """Writes the activations of concepts into their directory while they are being computed.
 
     A context manager: `Concepts.save` with its `rows` makes them part of the directory; on exit,
-    unsaved activations are deleted.
+    unsaved activations are deleted, and the directory if it is new and nothing was saved.
     """
 
     def __init__(self, directory: str | Path, num_samples: int, num_concepts: int):
         self._partial = Path(directory).absolute() / UNFINISHED  # whatever is current later
         self._num_samples = num_samples
+        self._is_new = not self._partial.parent.exists()
         shutil.rmtree(self._partial, ignore_errors=True)
         self._partial.parent.mkdir(parents=True, exist_ok=True)
         atomic.unfinished.add(self._partial)
@@ -499,4 +516,7 @@ class StoredActivations:
 
     def __exit__(self, *_: Any) -> None:
         shutil.rmtree(self._partial, ignore_errors=True)
+        if self._is_new:
+            with contextlib.suppress(OSError):  # it holds what was saved
+                self._partial.parent.rmdir()
         atomic.unfinished.discard(self._partial)

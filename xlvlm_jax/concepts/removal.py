@@ -3,7 +3,7 @@
 K concepts, B batch, T positions, D width, A tokens of the answer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,15 +29,29 @@ def concept_directions(concepts: Concepts) -> Float[np.ndarray, "K D"]:
     Returns:
         float32[K, D]: the components; for centroids, which share what all states have in common,
         their difference from the mean of the centroids.
+
+    Raises:
+        ValueError: there is a single centroid, which differs from nothing.
     """
     components = np.asarray(concepts.components, np.float32)
     if method_named(concepts.method).is_centroids:
+        if len(components) == 1:
+            raise ValueError(
+                f"a single centroid of {concepts.method!r} has no direction, which is its "
+                "difference from the mean of all; use two concepts or more"
+            )
         components = components - components.mean(axis=0)
     return components
 
 
 def removal_effects(
-    vlm: VLM, sample: Sample, answer: str, site: str, directions: Float[np.ndarray, "K D"]
+    vlm: VLM,
+    sample: Sample,
+    answer: str,
+    site: str,
+    directions: Float[np.ndarray, "K D"],
+    *,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[float, Float[np.ndarray, " K"]]:
     """Returns how much each direction contributes to the log-probability of an answer.
 
@@ -47,6 +61,7 @@ def removal_effects(
         answer: the text whose tokens are scored, without an end token.
         site: the site that directions are removed at, at every position.
         directions: float[K, D].
+        progress: called after each batch with (directions done, K).
 
     Returns:
         The log-probability of the answer, natural logarithm, and float32[K], its change when a
@@ -77,12 +92,13 @@ def removal_effects(
     rows = -(-(K + 1) // BATCH) * BATCH
     vectors, alpha = np.ones((rows, D), np.float32), np.zeros(rows, np.float32)
     vectors[1 : K + 1], alpha[1 : K + 1] = directions, 1
-    found = np.concatenate(
-        [
-            log_probabilities(vectors[start : start + BATCH], alpha[start : start + BATCH])
-            for start in range(0, rows, BATCH)
-        ]
-    )
+    parts = []
+    for start in range(0, rows, BATCH):
+        stop = start + BATCH
+        parts.append(log_probabilities(vectors[start:stop], alpha[start:stop]))
+        if progress is not None:
+            progress(min(stop - 1, K), K)
+    found = np.concatenate(parts)
     return float(found[0]), found[1 : K + 1] - found[0]
 
 

@@ -92,7 +92,8 @@ def decompose_features(
 
     Raises:
         ValueError: as for `decompose`, the features do not have the site or hold other rows than
-            `target`, or `stream` is used with several hosts or a crosscoder.
+            `target`, or `stream` is used with several hosts, a crosscoder, or a mesh where the
+            method is no sparse autoencoder.
     """
     site = choose_site(features, site)
     how = method_named(method)
@@ -108,6 +109,8 @@ def decompose_features(
         if stream and not paired.writes:
             raise ValueError("--stream writes one directory, but a crosscoder has two; omit it")
     is_autoencoder = how.has_encoder
+    if stream and mesh is not None and not is_autoencoder:
+        raise ValueError(f"--stream with {method!r} computes on one device; omit it, or the mesh")
     if is_autoencoder:
         options |= {"mesh": mesh or rows_mesh(), "checkpoint": training_directory(output)}
     if stream:
@@ -126,7 +129,8 @@ def decompose_features(
     concepts = on_host(found)
     source |= {"seconds": _since(began), "explained_variance": None} | concepts.source
     if hosts.is_first() and not is_autoencoder:
-        explained = explained_by(concepts, stored, np.asarray(concepts.activations))
+        codes = concepts.activations
+        explained = explained_by(concepts, stored, None if codes is None else np.asarray(codes))
         source["explained_variance"] = None if np.isnan(explained) else explained
     concepts = dataclasses.replace(concepts, source=source)
     if hosts.is_first():
@@ -359,8 +363,8 @@ def ground_concepts(
             centroids themselves. Recorded in concepts.json.
 
     Raises:
-        ValueError: the concepts were learnt on other features, or the features come from another
-            model (whose head would read other words).
+        ValueError: the concepts were learnt on other features, the features come from another
+            model (whose head would read other words), or a single centroid is to be `centred`.
     """
     concepts = Concepts.load(directory)
     if concepts.activations is None or len(concepts.activations) != len(features.tokens):
@@ -400,15 +404,21 @@ def ground_concepts(
 def most_active(concepts: Concepts, count: int) -> list[int]:
     """Returns the concepts with words that are active in most rows, by number.
 
+    Of methods whose activations are hardly ever zero (all but snmf and sparse autoencoders), a row
+    counts for the concept of its strongest activation, of either sign.
+
     Args:
         concepts: concepts, grounded; the first ones of them if activations are unknown.
         count: maximum number of concepts.
     """
-    K = len(concepts.components)
+    K, how = len(concepts.components), method_named(concepts.method)
     active = np.zeros(K, np.int64)
     if concepts.activations is not None:
         for _, tile in tiles_of(concepts.activations):
-            active += np.count_nonzero(tile, axis=0)
+            if how.is_sparse or how.has_encoder:
+                active += np.count_nonzero(tile, axis=0)
+            else:
+                active += np.bincount(np.abs(tile).argmax(axis=1), minlength=K)
     worded = [k for k in range(K) if concepts.words is None or concepts.words[k]]
     return sorted(sorted(worded, key=lambda k: -active[k])[:count])
 

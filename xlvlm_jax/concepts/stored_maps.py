@@ -102,7 +102,7 @@ def save_maps(directory: Path, concepts: Concepts, found: StoredMaps) -> None:
     Args:
         directory: the directory of the concepts.
         concepts: the concepts in it.
-        found: from `map_top_pictures`.
+        found: from `map_top_pictures`; may be empty.
     """
     keys = sorted(found)
     cells = [found[key] for key in keys]
@@ -110,8 +110,11 @@ def save_maps(directory: Path, concepts: Concepts, found: StoredMaps) -> None:
         "concept": np.array([k for k, _ in keys], np.int32),
         "sample": np.array([sample for _, sample in keys], np.int64),
         "start": np.cumsum([0, *(len(each.values) for each in cells)], dtype=np.int64),
-        "values": np.concatenate([each.values for each in cells]).astype(np.float32),
-        "boxes": np.concatenate([each.boxes for each in cells]).astype(np.float32),
+        # The first parts are for maps without a cell, or no maps.
+        "values": np.concatenate([np.zeros(0), *(each.values for each in cells)], dtype=np.float32),
+        "boxes": np.concatenate(
+            [np.zeros((0, 4)), *(each.boxes for each in cells)], dtype=np.float32
+        ),
     }
     metadata = {"version": str(versions.VERSION), "digest": digest_of_components(concepts)}
     atomic.write(directory / FILE, as_bytes(tensors, metadata))

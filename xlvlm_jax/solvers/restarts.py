@@ -7,9 +7,10 @@ from jax.extend.random import threefry_2x32
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from xlvlm_jax.solvers.collectives import ONE_DEVICE, Rows
-from xlvlm_jax.solvers.matching import matched_cosines
+from xlvlm_jax.solvers.matching import match, unit_rows
 
 SAMPLE_ROWS, SAMPLE_PER_CONCEPT = 1024, 16
+NEARBY = 1e-3  # of the rows' spread: offsets this short have no direction
 MARGIN = 1e-4  # a later start is better only if its objective is lower by this relative margin
 
 
@@ -134,9 +135,28 @@ def best_first(
     return components[order]
 
 
-def stability(starts: Float[np.ndarray, "S K R"]) -> Float[np.ndarray, " K"]:
+def stability(
+    starts: Float[np.ndarray, "S K R"], radius: float | None = None
+) -> Float[np.ndarray, " K"]:
     """Returns how reliably each component of the first start is found again: 1 if by every start.
 
     The mean over the other starts of the cosine with the matched component (Hungarian method).
+
+    Args:
+        starts: the components of each start.
+        radius: for components that are offsets from a mean: the root mean square distance of the
+            rows to their nearest one. Offsets that are far shorter than the rows are spread, such
+            as the only one of K = 1, have no direction and are the same. None for directions.
     """
-    return np.mean([matched_cosines(starts[0], other) for other in starts[1:]], axis=0)
+    first = np.asarray(starts[0], np.float64)
+    nearby = -1.0
+    if radius is not None:
+        longest = np.linalg.norm(np.asarray(starts, np.float64), axis=2).max(initial=0)
+        nearby = NEARBY * np.hypot(longest, radius)
+    found = []
+    for other in np.asarray(starts[1:], np.float64):
+        matched = other[match(first, other)]
+        cosines = np.sum(unit_rows(first) * unit_rows(matched), axis=1)
+        lengths = (np.linalg.norm(each, axis=1) for each in (first, matched))
+        found.append(np.where(np.maximum(*lengths) <= nearby, 1, cosines))
+    return np.mean(found, axis=0).astype(starts.dtype)

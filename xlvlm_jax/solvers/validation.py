@@ -434,13 +434,15 @@ def shard_rows(Z: Shaped[Array, "N D"], mesh: Mesh) -> Shaped[Array, "M D"]:
     """
     missing = -Z.shape[0] % _data_axis(mesh)
     if missing:
-        if not Z.is_fully_addressable:
+        if not isinstance(Z, Tracer) and not Z.is_fully_addressable:
             raise ValueError(
                 f"the {Z.shape[0]} rows of Z are on several hosts and do not divide evenly over "
                 f"{mesh.shape['data']} devices; drop or repeat some rows"
             )
         Z = jnp.pad(Z, ((0, missing), (0, 0)))
     sharding = NamedSharding(mesh, PartitionSpec("data", None))
+    if isinstance(Z, Tracer):
+        return jax.lax.with_sharding_constraint(Z, sharding)
     return Z if Z.sharding == sharding else jax.device_put(Z, sharding)
 
 

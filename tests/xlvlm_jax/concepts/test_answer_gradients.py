@@ -6,6 +6,7 @@ from PIL import Image
 
 import ports
 from xlvlm_jax import answer_gradients
+from xlvlm_jax.concepts.answer_gradients import _answer_gradients
 from xlvlm_jax.data import scenes
 
 LAYER = "language_model.model.layers.3"
@@ -34,6 +35,14 @@ def test_states_and_probabilities_are_those_of_a_forward_pass(vlm, asked, found)
         ids = inputs["input_ids"][row, -length:]
         expected = every[row, -length - 1 : -1][np.arange(length), ids].sum()
         assert found.log_probability[row] == pytest.approx(expected, abs=1e-4)
+
+
+def test_answers_of_other_lengths_share_a_program(vlm, asked, found):
+    inputs, _ = asked
+    before = _answer_gradients._cache_size()
+    other = answer_gradients(vlm, inputs, np.array([2, 1]), LAYER)
+    assert _answer_gradients._cache_size() == before
+    assert (np.asarray(other.log_probability) < 0).all()
 
 
 def test_the_gradient_is_the_slope(vlm, asked, found):

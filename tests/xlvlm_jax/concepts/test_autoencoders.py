@@ -55,6 +55,16 @@ def features(tmp_path):
     return write(tmp_path / "features", Z)
 
 
+def test_options_of_numpy_and_jax(concepts):
+    given = {"max_iter": np.int64(8), "batch_size": np.int32(32), "k": np.array(2)}
+    found = xlvlm_jax.decompose(Z, 8, "topk-sae", key=KEY, **given)
+    assert json.loads(json.dumps(found.options)) == concepts.options
+    options = method_named("matryoshka-sae").options({"prefixes": np.array([2, 8]), "k": 2})
+    assert options["prefixes"] == (2, 8) and type(options["prefixes"][0]) is int
+    scales = method_named("crosscoder").options({"input_scale": [np.float32(0.5), 2.0]})
+    assert scales["input_scale"] == (0.5, 2.0)
+
+
 @pytest.mark.parametrize("method", ["topk-sae", "jumprelu-sae", "archetypal-sae"])
 def test_what_is_learnt_is_projected_and_put_back(method):
     found = xlvlm_jax.decompose(Z, 8, method, key=KEY, **SHORT)
@@ -432,6 +442,18 @@ class TestErrors:
         with pytest.raises(ValueError, match=message) as raised:
             xlvlm_jax.decompose(Z, 8, method, key=KEY, **options)
         assert "\n" not in str(raised.value)
+
+    def test_sides(self, concepts):
+        for side, expected in ((2, "0, as only crosscoders"), (1, "0, as only crosscoders")):
+            with pytest.raises(ValueError, match=f"side is {side}; expected {expected} have two"):
+                Concepts.from_dictionary(concepts.dictionary, side=side)
+
+    def test_rows_of_the_second_site(self):
+        found = xlvlm_jax.decompose(Z, 8, "topk-transcoder", key=KEY, target=Z[:, :4], **SHORT)
+        both = np.concatenate([Z, Z[:, :4]], axis=1)
+        both[7, 8] = np.nan
+        with pytest.raises(ValueError, match="target has NaN or Inf in row 7, or"):
+            encode_all(found.dictionary, both, lambda start, codes: None)
 
     def test_rows(self):
         bad = Z.copy()

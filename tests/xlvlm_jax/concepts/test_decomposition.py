@@ -20,6 +20,7 @@ from xlvlm_jax.concepts import decomposition as concepts
 from xlvlm_jax.concepts import record
 from xlvlm_jax.concepts.decomposition import decompose, project
 from xlvlm_jax.concepts.methods import METHODS
+from xlvlm_jax.concepts.reconstruction import reconstruct, squared_residual
 from xlvlm_jax.concepts.record import Concepts, StoredActivations
 from xlvlm_jax.solvers import pca
 from xlvlm_jax.storage.zarr_rows import StoredRows
@@ -65,6 +66,22 @@ def test_kmeans_without_activations():
         quick(rows(), "pca", activations=False)
 
 
+def test_a_single_centroid_is_found_every_time():
+    """Its offset from the mean of the rows is rounding, which has no direction."""
+    found = quick(rows(), "kmeans", 1, n_init=3)
+    assert found.stability.tolist() == [1] and found.stability.dtype == np.float32
+
+
+def test_numbers_of_numpy():
+    assert quick(rows(), "simple", np.array(3)).components.shape == (3, D)
+    assert [len(each.components) for each in quick(rows(), "simple", np.array([2, 3]))] == [2, 3]
+
+
+def test_given_init_is_the_only_start():
+    with pytest.warns(UserWarning, match="n_init=2 has no effect with given init"):
+        quick(rows(), "kmeans", n_init=2, init=rows()[:K])
+
+
 def test_nndl_is_snmf():
     assert quick(rows()).method == "snmf"
     named = decompose(rows(), K, "nndl", key=KEY, **QUICK["snmf"])
@@ -101,6 +118,29 @@ def test_given_components_project_like_learnt_ones(method):
     np.testing.assert_array_equal(project(new, given_concepts), project(new, learnt))
 
 
+def test_a_given_mean_keeps_its_digits_and_stays():
+    """float32 would round the mean to a multiple of 64."""
+    Z = 1e9 + rows().astype(np.float64)
+    given_concepts = Concepts.from_components(np.eye(2, D), "pca", mean=Z.mean(axis=0))
+    expected = (Z - Z.mean(axis=0))[:, :2]
+    np.testing.assert_allclose(project(Z, given_concepts), expected, atol=1e-4)
+    moved = given_concepts.with_components(np.eye(2, D, 1, np.float32))
+    np.testing.assert_array_equal(moved.mean, given_concepts.mean)
+
+
+def test_ties_go_to_the_nearest_component():
+    """1 / (1 + distance) of distances below 1e-8 is one in float32."""
+    near = np.float32([[1e-9, 0], [0, 1e-9]])
+    for method in ("kmeans", "simple"):
+        concepts = Concepts.from_components(near, method)
+        codes = project(near[::-1], concepts)
+        assert (np.asarray(codes) == 1).all()
+        np.testing.assert_array_equal(reconstruct(concepts, codes, near[::-1]), near[::-1])
+        traced = jax.jit(lambda codes, Z, given=concepts: reconstruct(given, codes, Z))
+        np.testing.assert_array_equal(traced(codes, near[::-1]), near[::-1])
+        assert squared_residual(concepts, near, np.asarray(codes)) == 0
+
+
 def test_given_components_by_hand():
     Z = np.array([[3.0, -4.0]])
     axes = np.eye(2)
@@ -122,6 +162,7 @@ def test_given_components_by_hand():
         (np.array([[1.0, np.nan]]), "snmf", {}, "components has NaN or Inf in row 0"),
         (np.ones((2, 3)), "pca", {"mean": np.ones(2)}, r"mean must have shape \(3,\).*got \(2,\)"),
         (np.ones((2, 3)), "kmeans", {"mean": np.ones(3)}, "'kmeans' does not subtract a mean"),
+        (np.ones((2, 3)), "pca", {"mean": np.full(3, np.nan)}, "^mean has NaN or Inf; give"),
         (np.ones((2, 3)), "svd", {}, "unknown method 'svd'"),
         (np.ones((2, 3)), "snmf", {"beta": 1}, "no option 'beta'"),
     ],
@@ -220,6 +261,8 @@ def test_bad_input(Z, num_concepts, method, options, message):
 def test_an_invalid_key():
     with pytest.raises(ValueError, match=r"key must come from jax.random.key; got 0"):
         decompose(rows(), 2, key=0)
+    with pytest.raises(ValueError, match=r"got an array of keys of shape \(2,\), pass one of"):
+        decompose(rows(), 2, key=jax.random.split(KEY))
 
 
 def test_a_mesh_without_an_axis_for_rows():
@@ -313,7 +356,7 @@ def test_an_objective_beyond_float32_is_refused():
     )
     one = jax.tree.map(lambda leaf: leaf[0], result)
     with pytest.raises(ValueError, match=r"objective of pca is (inf|nan).*divide Z by its largest"):
-        concepts._concepts(one, "pca", {})
+        concepts._concepts(one, METHODS["pca"], {})
 
 
 def test_rows_too_short_for_alpha_are_named_and_their_concepts_dead():
@@ -408,6 +451,20 @@ def test_decompose_traces_under_jit_and_vmap(method):
         np.testing.assert_allclose(found.objective, one.objective, rtol=1e-4)
 
 
+def test_decompose_traces_on_a_mesh():
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    traced = jax.jit(lambda Z: decompose(Z, K, "simple", key=KEY, mesh=mesh).components)(rows())
+    np.testing.assert_array_equal(traced, quick(rows(), "simple").components)
+
+
+@pytest.mark.parametrize(
+    "option", [{"relative_alpha": True}, {"verbose": 1}, {"progress": lambda at: None}]
+)
+def test_what_needs_values_is_refused_under_jit(option):
+    with pytest.raises(ValueError, match=r"^\w+ needs values .* under jit and vmap; omit it"):
+        jax.jit(lambda Z: decompose(Z, K, key=KEY, **option))(rows())
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_project_traces_under_jit_vmap_and_grad(method):
     """Compares the gradient with finite differences whose step float32 resolves."""
@@ -483,6 +540,15 @@ class Stored:
 
     def read(self, start, stop):
         return self.Z[start:stop]
+
+
+def test_distances_of_stored_rows(monkeypatch):
+    learnt = quick(rows(), "kmeans")
+    monkeypatch.setattr(concepts, "PROJECTED_BYTES", 4 * D * 8)
+    for found, expected in zip(
+        concepts.distances(Stored(rows()), learnt), concepts.distances(rows(), learnt), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_stored_rows_are_projected_some_at_a_time(monkeypatch, waited_for):

@@ -66,6 +66,8 @@ def test_what_is_removed():
     np.testing.assert_array_equal(concept_directions(Concepts(atoms)), atoms)
     centred = concept_directions(Concepts(atoms, method="kmeans"))
     np.testing.assert_array_equal(centred, [[0.5, -1], [-0.5, 1]])
+    with pytest.raises(ValueError, match="a single centroid of 'kmeans' has no direction"):
+        concept_directions(Concepts(atoms[:1], method="kmeans"))
 
 
 def test_an_empty_answer(vlm, sample, directions):
@@ -92,6 +94,25 @@ def test_an_answer_is_explained_by_activation_and_effect(vlm, sample, concepts):
     of_image = explain_picture(vlm, concepts, sample, of_image=True, max_new_tokens=4)
     for each in of_image.concepts:
         assert each.activation == pytest.approx(each.map.max())
+
+
+def test_only_the_most_active_are_removed(vlm, sample, concepts, monkeypatch):
+    every = explain_picture(vlm, concepts, sample, max_new_tokens=4)
+    monkeypatch.setattr("xlvlm_jax.concepts.explain.MOST_REMOVED", 2)
+    told = []
+    found = explain_picture(
+        vlm,
+        concepts,
+        sample,
+        num_concepts=1,
+        max_new_tokens=4,
+        progress=lambda *at: told.append(at),
+    )
+    assert (found.num_removed, every.num_removed) == (2, 3) and told == [(2, 2)]
+    effects = {each.concept: each.effect for each in every.concepts}
+    assert {each.concept for each in found.concepts} <= {x.concept for x in every.concepts[:2]}
+    for each in found.concepts:
+        assert each.effect == pytest.approx(effects[each.concept], abs=1e-4)
 
 
 def test_a_picture_without_cells(vlm, sample, concepts, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 from xlvlm_jax import Concepts, Features, ground_text
 from xlvlm_jax.concepts import grounding
 from xlvlm_jax.concepts.scores.attributes import as_json, score_attributes
-from xlvlm_jax.concepts.stage import decompose_features, ground_concepts
+from xlvlm_jax.concepts.stage import decompose_features, ground_concepts, most_active
 from xlvlm_jax.features.reader import choose_site
 from xlvlm_jax.features.writer import FeaturesWriter
 from xlvlm_jax.storage import atomic
@@ -44,6 +44,27 @@ def test_concepts_that_are_the_groups_tell_the_attribute(features, tmp_path):
     assert set(scores) == {"colour"}  # all rows share the kind, which then tells nothing
     assert scores["colour"].nmi == pytest.approx(1)
     assert as_json(scores)["colour"]["concepts"] == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("kmeans", {}), ("topk-sae", {"k": 1, "max_iter": 4})]
+)
+def test_activations_are_left_out(features, tmp_path, method, options):
+    whole = decompose_features(features, tmp_path / "whole", 2, method, **options)
+    less = decompose_features(features, tmp_path / "less", 2, method, activations=False, **options)
+    assert less.activations is None and Concepts.load(tmp_path / "less").activations is None
+    assert less.source["explained_variance"] == pytest.approx(whole.source["explained_variance"])
+    np.testing.assert_array_equal(less.components, whole.components)
+    assert score_attributes(less, features) == score_attributes(whole, features)
+
+
+def test_the_most_active_of_methods_that_are_never_zero(features, tmp_path):
+    """A row counts for its strongest concept."""
+    activations = np.float32([[0.2, 0.1, 0.9], [0.3, 0.8, 0.2], [0.1, 0.4, 0.5], [1, -2, -3]])
+    for method in ("kmeans", "pca"):
+        concepts = Concepts(np.eye(3, dtype=np.float32), activations, method)
+        assert most_active(concepts, 1) == [2]
+    assert most_active(Concepts(np.eye(3, dtype=np.float32), activations), 1) == [0]
 
 
 def test_the_directory_holds_what_is_returned(features, tmp_path):

@@ -126,6 +126,9 @@ def test_what_cannot_be_streamed(tmp_path):
         decompose_stored(source, K, "simple", key=KEY)
     with pytest.raises(ValueError, match="init is not available for stored rows"):
         decompose_stored(source, K, key=KEY, init=np.eye(K, D))
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with pytest.raises(ValueError, match="'pca' reads stored rows on one device; omit mesh"):
+        decompose_stored(source, K, "pca", key=KEY, mesh=mesh)
     with pytest.raises(ValueError, match="num_concepts=302 is larger than the 301 rows"):
         decompose_stored(source, 302, "kmeans", key=KEY)
 

@@ -30,9 +30,10 @@ def score_attributes(concepts: Concepts, features: Features) -> dict[str, Attrib
         features: the features they were learnt on, or others of the same site.
     """
     site = site_of(concepts.source, features)
+    activations = None
     if concepts.source.get("features") == str(features.path.resolve()):
         activations = concepts.activations
-    else:
+    if activations is None:  # of other rows, or left out
         activations = project(features.matrix(choose_site(features, site)), concepts)
     return attribute_scores(np.asarray(activations), known_attributes(features))
 

@@ -45,6 +45,10 @@ class Archetypal(TopK):
         if self.points is not None:
             check_whole("points", self.points, num_concepts)
 
+    def rows_to_start(self, num_concepts: int) -> int:
+        """Returns how many rows the start, and so P, is taken from, if there are as many."""
+        return max(super().rows_to_start(num_concepts), self.points or 0)
+
     def begin(self, begun: Start, key: PRNGKeyArray, num_concepts: int) -> tuple[Params, Params]:
         """Returns the parameters before the first update: each atom is a row."""
         count = min(self.points or 2 * num_concepts, len(begun.rows))

@@ -4,6 +4,7 @@ run.json   what the run is: method, options, number of features, key, rows
 states/    the last state, by Orbax; each host writes its own shards
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -53,6 +54,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=1, save_interval_steps=1)
         self._manager = ocp.CheckpointManager(self.directory / STATES, options=options)
         self._every, self._handlers = every, ocp.args
+        self._is_closed = False
 
     def _begin(self, run: dict[str, Any]) -> None:
         file = self.directory / RUN
@@ -105,16 +107,28 @@ class Checkpoints:
             ) from error
 
     def offer(self, iteration: int, state: State) -> None:
-        """Keeps the state of every `every`-th update, and of the last."""
-        if iteration % self._every == 0 or iteration == len(state.history):
+        """Keeps the state of every `every`-th update, and of the last, while the loss is finite."""
+        due = iteration % self._every == 0 or iteration == len(state.history)
+        if due and np.isfinite(np.asarray(state.history)[:iteration]).all():
             # Written in the background, but from the host's memory. On a CPU, where that is the
             # buffers, the next update can't take them over.
             self._manager.save(iteration, args=self._handlers.StandardSave(state))
 
     def close(self) -> None:
         """Waits until the last state is written."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        if not self._is_closed:
+            self._manager.wait_until_finished()
+            self._manager.close()
+        self._is_closed = True
+
+    def forget(self) -> None:
+        """Removes the states and what the run is, and the directory if it holds nothing else."""
+        self.close()
+        if jax.process_index() == 0:
+            shutil.rmtree(self.directory / STATES, ignore_errors=True)
+            (self.directory / RUN).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.directory.rmdir()
 
     def remove(self) -> None:
         """Removes the directory, after the result is saved."""

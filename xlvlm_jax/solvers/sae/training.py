@@ -62,6 +62,7 @@ SAMPLE_ROWS = 4096  # that the start is computed from
 MOMENTS, EPSILON = (0.9, 0.999), 1e-10
 FORGET = 0.99  # what the running threshold of batchtopk keeps per update
 TELL_EVERY = 16  # updates
+LOOK_EVERY = 100  # updates between two looks at whether the loss is finite, which wait for it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,6 +136,10 @@ class Training:
                 f"batch_size={self.batch_size} and num_concepts={num_concepts} make 2^31 codes or "
                 "more per batch; use a smaller batch"
             )
+
+    def rows_to_start(self, num_concepts: int) -> int:
+        """Returns how many rows the start is computed from, if there are as many."""
+        return max(SAMPLE_ROWS, 2 * num_concepts)
 
     def rate(self, iteration: Any) -> Float[Array, ""]:
         """Returns the learning rate of an update."""
@@ -247,6 +252,10 @@ class Trained(NamedTuple):
     params: dict[str, Float[np.ndarray, "..."]]  # SAELens' names, for rows that are not scaled
     settings: Training  # with everything that was chosen
     history: Float[np.ndarray, " T"]  # L of each update
+
+
+class DivergedError(ValueError):
+    """The loss ceased to be finite."""
 
 
 @runtime_checkable
@@ -432,7 +441,8 @@ def train(
         The parameters for rows that are not scaled.
 
     Raises:
-        ValueError: an option is invalid, rows of a source are not finite, or the loss ceases to be.
+        ValueError: an option is invalid, or rows of a source are not finite.
+        DivergedError: the loss ceases to be finite, which is looked at before `tell`.
     """
     settings.check(num_concepts)
     N, D = Z.shape
@@ -442,7 +452,7 @@ def train(
             f"{settings.architecture}"
         )
     seed = tuple(int(word) for word in np.asarray(jax.random.key_data(key)).ravel())
-    sample = batches.sample(Z, max(SAMPLE_ROWS, 2 * num_concepts), seed)
+    sample = batches.sample(Z, settings.rows_to_start(num_concepts), seed)
     begun = start(sample.astype(np.float32, copy=False), settings.input_scale, widths)
     scale = begun.scale
     settings = dataclasses.replace(
@@ -453,7 +463,9 @@ def train(
     )
     params, fixed = settings.begin(begun, key, num_concepts)
     given = Given(fixed, jnp.float32(per_column(scale, begun.widths)))
-    state = _begin(params, settings=settings, mesh=mesh)
+    # Programs are for every scale of the rows, which is an argument.
+    compiled = dataclasses.replace(settings, input_scale=None)
+    state = _begin(params, settings=compiled, mesh=mesh)
     del sample, begun, params  # memory may have room for one copy of the parameters
     if checkpoint is not None:
         state = checkpoint.restore(state)
@@ -461,23 +473,31 @@ def train(
     order: Any = batches.batches(Z, settings.batch_size, seed, done, mesh)
     for iteration in range(done + 1, settings.max_iter + 1):
         rows = next(order)
-        state, figures = keep_pace(update(state, given, rows, settings=settings, mesh=mesh))
-        if tell is not None and (iteration % every == 0 or iteration == settings.max_iter):
+        state, figures = keep_pace(update(state, given, rows, settings=compiled, mesh=mesh))
+        telling = tell is not None and (iteration % every == 0 or iteration == settings.max_iter)
+        if telling or iteration % LOOK_EVERY == 0:
+            _check_loss(np.asarray(state.history)[:iteration], settings)
+        if telling and tell is not None:
             tell(_standing(figures, num_concepts, iteration, settings.max_iter))
         if checkpoint is not None:
             checkpoint.offer(iteration, state)
     order.close()
     history = np.asarray(state.history)
-    if not np.isfinite(history).all():
-        bad = int(np.argmin(np.isfinite(history)))
-        raise ValueError(
-            f"the loss is {history[bad]} at update {bad + 1}: training diverged; lower "
-            f"learning_rate, which is {settings.learning_rate:.3g}"
-        )
+    _check_loss(history, settings)
     # The mean without what the first value, zero, still weighs.
     threshold = state.threshold / max(1 - FORGET**settings.max_iter, 1e-30)
     found = settings.finish(fixed | state.params, scale, threshold)
     return Trained({name: _whole(value) for name, value in found.items()}, settings, history)
+
+
+def _check_loss(history: Float[np.ndarray, " T"], settings: Training) -> None:
+    """Raises DivergedError unless the loss of every update is finite."""
+    if not np.isfinite(history).all():
+        bad = int(np.argmin(np.isfinite(history)))
+        raise DivergedError(
+            f"the loss is {history[bad]} at update {bad + 1}: training diverged; lower "
+            f"learning_rate, which is {settings.learning_rate:.3g}"
+        )
 
 
 def learning_rate_for(num_concepts: int) -> float:

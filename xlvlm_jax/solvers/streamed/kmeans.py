@@ -154,8 +154,6 @@ def collect(Z: Array, real: Array, mean: Array, offsets: Array) -> tuple[Any, An
 
 
 @jax.jit
-def _finish(
-    Z: Array, real: Array, mean: Array, offsets: Array, unit: Array
-) -> tuple[Wide, Array]:
+def _finish(Z: Array, real: Array, mean: Array, offsets: Array, unit: Array) -> tuple[Wide, Array]:
     squared = kmeans.assign(Z.astype(jnp.float32) - mean, offsets)[1]
     return total(real * jnp.min(squared, axis=1)), kmeans.similarity(squared, unit)

@@ -8,6 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+import xlvlm_jax
 from xlvlm_jax.solvers.sae import METHODS, train
 from xlvlm_jax.solvers.sae.checkpoint import Checkpoints, describe_rows
 
@@ -57,6 +58,18 @@ def test_it_goes_on_from_the_last_state(tmp_path, monkeypatch):
     assert [at.iteration for at in told] == [5, 6, 7, 8, 9]
     states.remove()
     assert not tmp_path.exists()
+
+
+def test_no_state_of_a_run_that_diverged_is_kept(tmp_path):
+    """A lower learning rate then finds no unfinished run with another one."""
+    given = {**OPTIONS, "checkpoint": tmp_path / "states"}
+    with pytest.raises(ValueError, match="training diverged; lower learning_rate"):
+        xlvlm_jax.decompose(ROWS, 8, "topk-sae", key=KEY, learning_rate=1e38, **given)
+    assert not (tmp_path / "states").exists()
+    with pytest.raises(ValueError, match="training diverged"):
+        run(tmp_path / "kept", learning_rate=1e38, max_iter=4)
+    kept = [int(path.name) for path in (tmp_path / "kept" / "states").iterdir()]
+    assert not kept or max(kept) < 2
 
 
 def test_one_copy_of_the_state_is_held(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.xlvlm_jax.solvers.helpers import Compilations
 from xlvlm_jax.solvers.matching import match_any
 from xlvlm_jax.solvers.sae import METHODS, train, training
 from xlvlm_jax.solvers.sae.archetypal import Archetypal
@@ -246,9 +247,26 @@ def test_what_is_refused(method, options, message):
 
 
 def test_a_run_that_diverges_says_so():
-    settings = TopK(k=2, max_iter=8, batch_size=64, learning_rate=1e38)
+    """It ends before its loss is told, not with the last update."""
+    settings, told = TopK(k=2, max_iter=8, batch_size=64, learning_rate=1e38), []
     with pytest.raises(ValueError, match=r"the loss is \S+ at update \d: .* lower learning_rate"):
-        train(ROWS, KEY, settings, K)
+        train(ROWS, KEY, settings, K, tell=told.append, every=1)
+    assert len(told) < 4 and all(np.isfinite(at.objective) for at in told)
+
+
+def test_rows_of_another_scale_share_a_program():
+    settings = TopK(k=2, max_iter=2, batch_size=64)
+    first = train(ROWS, KEY, settings, K)
+    with Compilations() as compiled:
+        second = train(3 * ROWS, jax.random.key(1), settings, K)
+    assert "update" not in "".join(compiled.names), compiled.names
+    assert first.settings.input_scale > 2 * second.settings.input_scale
+
+
+def test_as_many_points_as_asked_for(monkeypatch):
+    monkeypatch.setattr(training, "SAMPLE_ROWS", 16)
+    assert Archetypal(points=100).rows_to_start(4) == 100
+    assert Archetypal().rows_to_start(4) == 16 and Archetypal().rows_to_start(40) == 80
 
 
 def test_settings_are_constants_of_programs():
