@@ -57,6 +57,18 @@ def test_each_sample_once(run):
     features = Features.open(run / "features")
     concepts = Concepts.load(run / "concepts")
     assert top_samples(features, concepts.activations, 2) == [[1, 0], [2, 1]]
+    assert top_samples(features, concepts.activations, 0) == [[], []]
+
+
+def test_no_maps(run, xlvlm):
+    concepts = Concepts.load(run / "concepts")
+    save_maps(run / "concepts", concepts, {})
+    assert load_maps(run / "concepts", concepts) == {}
+    dead = Concepts(concepts.components, np.zeros((6, 2), np.float32), source=concepts.source)
+    dead.save(run / "concepts")
+    # Before the model is looked for.
+    status, _, errors = xlvlm("map", "no-model", "--concepts", run / "concepts", "--overwrite")
+    assert status == 2 and "no row activates a concept of" in errors
 
 
 def test_each_map_is_kept_alone(run, vlm):
