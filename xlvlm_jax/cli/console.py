@@ -118,22 +118,38 @@ IgnoreGenerationConfig = Annotated[
 ]
 
 
-def refuse_existing(output: Path, overwrite: bool) -> None:
-    """Checks, before the work begins, that the output may be written.
+def refuse_existing(output: Path, overwrite: bool, *, directory: bool | None = None) -> None:
+    """Checks, before the work begins, that the output may and can be written.
 
     Args:
         output: a file or directory.
         overwrite: whether an existing one may be replaced.
+        directory: whether the command writes a directory; None if it may write either.
 
     Raises:
         FileExistsError: `output` is a file or a directory with more than what a killed run was
-            writing (*.tmp), and `overwrite` is False.
+            writing (*.tmp), and `overwrite` is False; or a file where a directory is written, or
+            the reverse.
+        OSError: its directory can't be written.
     """
-    if overwrite or not output.exists():
-        return
-    if output.is_dir() and all(path.suffix == ".tmp" for path in output.iterdir()):
-        return
-    raise FileExistsError(f"{output} exists; name another output or replace it with --overwrite")
+    from xlvlm_jax.storage import outputs
+
+    if output.is_dir() and directory is False:
+        raise FileExistsError(f"{output} is a directory; expected a file to write")
+    if output.exists() and not output.is_dir() and directory:
+        raise FileExistsError(f"{output} is a file; expected a directory to write")
+    unfinished = output.is_dir() and all(path.suffix == ".tmp" for path in output.iterdir())
+    if output.exists() and not overwrite and not unfinished:
+        raise FileExistsError(
+            f"{output} exists; name another output or replace it with --overwrite"
+        )
+    outputs.require_writable(output if output.is_dir() else output.parent)
+
+
+def is_given(context: typer.Context, name: str) -> bool:
+    """Returns whether an argument of the command was given on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def refuse_given(context: typer.Context, names: Iterable[str], where: str) -> None:
@@ -148,8 +164,7 @@ def refuse_given(context: typer.Context, names: Iterable[str], where: str) -> No
         ValueError: one was given.
     """
     for name in names:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
+        if is_given(context, name):
             raise ValueError(f"--{name.replace('_', '-')} has no effect {where}; omit it")
 
 

@@ -132,9 +132,9 @@ def decompose(
         places = {sites[0]: output}
     if not dry_run:
         for directory in places.values():
-            refuse_existing(directory, overwrite)
+            refuse_existing(directory, overwrite, directory=True)
             if method.endswith("crosscoder") and dictionary is None:
-                refuse_existing(target_directory(directory), overwrite)
+                refuse_existing(target_directory(directory), overwrite, directory=True)
     if dictionary is not None:
         _encode(opened, places, dictionary, stream, given, other, dry_run)
         return

@@ -25,7 +25,9 @@ def demo(
     resumes()
     from xlvlm_jax.demo import pipeline, summary
 
-    refuse_existing(output / "run.json", overwrite)  # written last: without it, a run resumes
+    refuse_existing(
+        output / "run.json", overwrite, directory=False
+    )  # written last: without it, a run resumes
     with progress_bars() as progress:
         result = pipeline.run(
             output,

@@ -148,7 +148,7 @@ def evaluate(
         count = len(conditions) + (baseline is None)
         show_preflight(vlm, samples, count, measured, max_new_tokens, batch_size)
         return
-    refuse_existing(output, overwrite)
+    refuse_existing(output, overwrite, directory=True)
     vlm = as_it_generates(load_model(model, dtype, adapter=adapter), ignore_generation_config)
     with progress_bars() as progress:
         summary = evaluation.evaluate(

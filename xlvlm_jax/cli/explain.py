@@ -74,7 +74,7 @@ def explain(
     if output is not None:
         if output.suffix not in (".html", ".png", ".svg", ".pdf"):
             raise ValueError(f"{output}: expected a file ending in .html, .png, .svg or .pdf")
-        refuse_existing(output, overwrite)
+        refuse_existing(output, overwrite, directory=False)
     if concepts is None and not Path(model).is_dir():
         raise ValueError(
             f"{model} is not a directory of concepts; name one, or give the concepts of the model "

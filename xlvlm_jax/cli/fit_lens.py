@@ -58,7 +58,7 @@ def fit_lens(
     from xlvlm_jax.cli.sample_options import few_samples, read_samples
     from xlvlm_jax.steering.teacher_forcing import batches
 
-    refuse_existing(output, overwrite)
+    refuse_existing(output, overwrite, directory=False)
     require_counts(num_samples=num_samples, batch_size=batch_size)
     samples = few_samples(read_samples(dataset, data, split), num_samples, seed)
     answers = _first_references(samples) if references else None

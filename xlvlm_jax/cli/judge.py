@@ -51,7 +51,7 @@ def judge(
     from xlvlm_jax import evaluation
     from xlvlm_jax.evaluation.judge import SUMMARY
 
-    refuse_existing(run / SUMMARY, overwrite)
+    refuse_existing(run / SUMMARY, overwrite, directory=False)
     require_counts(max_new_tokens=max_new_tokens, batch_size=batch_size)
     told = evaluation.CHAT if chat is None else evaluation.read_chat(chat)
     evaluation.chats_of(evaluation.read_run(run), told)  # checked before the judge is loaded

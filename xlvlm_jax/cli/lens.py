@@ -68,7 +68,7 @@ def lens(
         refuse_given(context, ("alpha", "where"), "without --vector")
     for file in (output, arrays):
         if file is not None:
-            refuse_existing(file, overwrite)
+            refuse_existing(file, overwrite, directory=False)
     require_counts(num_words=num_words, max_new_tokens=max_new_tokens)
     picture = read_image(image)
     fitted = None if jacobian is None else lenses.load_jacobian_lens(jacobian)

@@ -103,7 +103,7 @@ def map_(
         raise ValueError("no file to write; give --output, such as maps.html or maps.png")
     if output.suffix not in (".html", ".png", ".svg", ".pdf"):
         raise ValueError(f"{output}: expected a file ending in .html, .png, .svg or .pdf")
-    refuse_existing(output, overwrite)
+    refuse_existing(output, overwrite, directory=False)
     if concept and concepts is None:
         raise ValueError(f"--concept {concept[0]} needs the directory of concepts; give --concepts")
     samples = folder.samples_of(pictures, prompts.CAPTION if prompt is None else prompt)
@@ -161,7 +161,7 @@ def _store(
     from xlvlm_jax import Concepts, Features
     from xlvlm_jax.concepts.stored_maps import FILE, map_top_pictures, save_maps
 
-    refuse_existing(directory / FILE, overwrite)
+    refuse_existing(directory / FILE, overwrite, directory=False)
     learnt = Concepts.load(directory)
     source = named_features(None, learnt.source, directory, "pictures to map")
     opened = Features.open(source)

@@ -45,7 +45,7 @@ def report(
     from xlvlm_jax.report import write_report
 
     require_counts(num_concepts=num_concepts)
-    refuse_existing(output or run / "report.html", overwrite)
+    refuse_existing(output or run / "report.html", overwrite, directory=False)
     tell = functools.partial(errors.print, style="yellow")
     room = round(picture_mb * 1e6)
     path = write_report(

@@ -116,7 +116,7 @@ def shift(
 
     if finetuned_model and adapter:
         raise ValueError("--finetuned-model and --adapter both name the fine-tuned model; give one")
-    refuse_existing(output, overwrite)
+    refuse_existing(output, overwrite, directory=True)
     _require(reduce, assign_by, num_words, num_candidates, num_images)
     own, others = _named(output, beside or ())
     before = Features.open(original, images=images)

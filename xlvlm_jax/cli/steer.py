@@ -208,7 +208,7 @@ def apply(
         if others:
             show_preflight(vlm, others, 1 + len(tried), measured, max_new_tokens, batch_size)
         return
-    refuse_existing(output, overwrite)
+    refuse_existing(output, overwrite, directory=True)
     vlm = as_it_generates(load_model(model, dtype, adapter=adapter), ignore_generation_config)
     with progress_bars() as progress:
         summary = evaluation.evaluate_steering(

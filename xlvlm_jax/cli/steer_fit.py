@@ -3,7 +3,6 @@
 import dataclasses
 import inspect
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,6 +26,7 @@ from xlvlm_jax.cli.console import (
     show_skipped,
 )
 from xlvlm_jax.cli.runtime import DryRun
+from xlvlm_jax.storage import outputs
 
 Features = Annotated[
     Path,
@@ -269,9 +269,8 @@ def fit(
 
     _refuse_options_of_others(method, context.params)
     require_counts(num_samples=num_samples, batch_size=batch_size, steps=steps)
-    if not dry_run:
-        refuse_existing(output, overwrite)
     if method in ("shift", "concept"):
+        _require_place(output, True, context.params)
         given = (concepts, pairs) if method == "concept" else ()
         write = _write_concepts if method == "concept" else _write_shift
         write(features, output, parse_where(where or "all"), dry_run, site, *given)
@@ -280,6 +279,8 @@ def fit(
     how = steering.method_named(method)
     sources, targets = (None if words is None else words.split(",") for words in (source, target))
     sites = how.sites_in(opened, site)
+    several = how.makes_several or (len(sites) > 1 and not how.sites)
+    _require_place(output, several, context.params)
     asked = steering.Request(
         opened,
         sites[0],
@@ -310,7 +311,7 @@ def fit(
     if how.sites:  # those of the features that it chose
         sites = [name for each in fitted.steering.values() for name in each.vectors]
     if not dry_run:
-        _write(output, fitted.steering, how.makes_several or (len(sites) > 1 and not how.sites))
+        _write(output, fitted.steering, several)
     written = "nothing, a dry run" if dry_run else output
     console.print(
         f"{fitted.figures}, {'sites' if len(sites) > 1 else 'site'} {few(sites)} -> {written}"
@@ -491,6 +492,29 @@ def _pair(text: str) -> tuple[int, int]:
         ) from None
 
 
+# What names a file or directory that is read.
+_READ = (
+    *("features", "target_features", "source_concepts", "dictionary", "contrasts", "images"),
+    *("model", "adapter"),
+)
+_VECTORS = ("*.safetensors",)
+
+
+def _require_place(output: Path, several: bool, given: Mapping[str, Any]) -> None:
+    """Checks, before anything is fitted, that the output can be written, and replaced if asked.
+
+    Raises:
+        OSError: it can't, or a directory to replace holds more than vectors, or what is read.
+    """
+    if given["dry_run"]:
+        return
+    directory = several and output.suffix != ".safetensors"
+    refuse_existing(output, given["overwrite"], directory=directory)
+    if directory:
+        read = [Path(given[name]) for name in _READ if given[name] is not None]
+        outputs.require_replaceable(output, _VECTORS, read, "vectors (*.safetensors)")
+
+
 def _write(output: Path, fitted: Mapping[str, Any], several: bool) -> None:
     """Writes one vector as a file, or several as a directory, all or none.
 
@@ -510,9 +534,9 @@ def _write(output: Path, fitted: Mapping[str, Any], several: bool) -> None:
         one.save(output)
         return
     temporary = output.with_name(f"{output.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    outputs.require_replaceable(temporary, _VECTORS)
+    outputs.remove_written(temporary, _VECTORS)  # of a killed process
     for name, each in fitted.items():
         each.save(temporary / f"{name}.safetensors")
-    if output.is_dir():
-        shutil.rmtree(output)
+    outputs.remove_written(output, _VECTORS)
     os.replace(temporary, output)

@@ -71,7 +71,7 @@ def rank(
 
     require_counts(max_new_tokens=max_new_tokens, batch_size=batch_size, num_samples=num_samples)
     require_counts(num_targets=num_targets)
-    refuse_existing(output, overwrite)
+    refuse_existing(output, overwrite, directory=False)
     loaded = load_vectors(vectors)
     first, vector = next(iter(loaded.items()))
     source = named_features(features, vector.source, first)

@@ -1,7 +1,6 @@
 """`xlvlm steer sweep`: methods x sites x strengths, the best within a budget, and its curve."""
 
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -52,6 +51,14 @@ from xlvlm_jax.cli.evaluate_options import (
     samples_to_choose_on,
 )
 from xlvlm_jax.cli.sample_options import Objects, few_samples, read_samples
+from xlvlm_jax.storage import outputs
+
+# What a sweep, the evaluation of its best trials and a judge of these write.
+_WRITTEN = (
+    *("sweep.json", "plain.json", "trials.jsonl", "trials.csv", "vectors/*.safetensors"),
+    *("summary.json", "predictions.jsonl", "judge.json", "verdicts.jsonl"),
+    *("answers.svg", "sweep.svg", "tradeoff.svg"),
+)
 
 
 def sweep(
@@ -151,8 +158,11 @@ def sweep(
 
     runtime.resumes()
     _check_options(context)
-    if not (output / "sweep.json").is_file():
-        refuse_existing(output, overwrite)
+    if overwrite or not (output / "sweep.json").is_file():
+        refuse_existing(output, overwrite, directory=True)
+    if overwrite:
+        read = [path for path in (features, data, *(vector or ())) if path is not None]
+        outputs.require_replaceable(output, _WRITTEN, read, "files of a sweep")
     if features is None and not vector:
         raise ValueError("there is nothing to try; give --features to fit methods on, or --vector")
     wheres = [None] if where is None else [parse_where(text) for text in where]
@@ -181,7 +191,7 @@ def sweep(
         measured.require(samples)
     vlm = as_it_generates(load_model(model, dtype, adapter=adapter), ignore_generation_config)
     if overwrite and output.is_dir():  # after all that may be wrong with the arguments
-        shutil.rmtree(output)
+        outputs.remove_written(output, _WRITTEN)
     with progress_bars() as progress:
         options: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,

@@ -350,6 +350,7 @@ class Concepts:
         digest = hashlib.sha256(tensors).hexdigest()
         described |= {"tensors_sha256": digest}
         directory.mkdir(parents=True, exist_ok=True)
+        had_dictionary = _names_dictionary(directory / DESCRIPTION)
         if self.dictionary is not None:
             sae.save(self.dictionary, directory)
             described |= {"dictionary_sha256": _digest_of_dictionary(directory)}
@@ -364,7 +365,7 @@ class Concepts:
         description = (json.dumps(described, indent=2) + "\n").encode()
         atomic.write(directory / TENSORS, tensors)
         atomic.write(directory / DESCRIPTION, description)
-        if self.dictionary is None:  # of an earlier save
+        if self.dictionary is None and had_dictionary:  # of an earlier save
             for file in _files_of_dictionary(directory):
                 file.unlink(missing_ok=True)
         _remove_other_maps(directory / MAPS, self)
@@ -474,6 +475,14 @@ def _digest_of_dictionary(directory: Path) -> str:
     for file in _files_of_dictionary(directory):
         digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def _names_dictionary(description: Path) -> bool:
+    """Returns whether concepts were saved here with a sparse autoencoder of their own."""
+    try:
+        return "dictionary_sha256" in json.loads(description.read_text("utf-8"))
+    except (OSError, TypeError, ValueError):
+        return False
 
 
 def _files_of_dictionary(directory: Path) -> list[Path]:

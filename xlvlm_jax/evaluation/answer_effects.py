@@ -1,15 +1,17 @@
 """Scores and counts answers to questions, and compares them before and after steering."""
 
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ports.messages import few
+from ports.messages import counted, few
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.metrics.vqa import PROTOCOLS, Protocol, normalise_answer, vqa_accuracy
 
+FEW_ANSWERS = 4  # from so many on, a prediction that matches all has accuracy 1
 MEAN_OVER_TYPES = "mean over types"
 MEAN_WITHOUT = "mean without "  # and an answer type
 _MEANS = ("all", MEAN_OVER_TYPES)
@@ -45,7 +47,8 @@ def vqa_scores(
         without: an answer type to leave out of a further mean, such as the one that is steered.
 
     Returns:
-        {"all", each answer type, "mean over types", "mean without TYPE": accuracy}.
+        {"all", each answer type, "mean over types", "mean without TYPE": accuracy}. A warning tells
+        if a question has too few answers for an accuracy of 1.
 
     Raises:
         ValueError: a sample has no answers, the numbers of samples and predictions differ, or no
@@ -57,6 +60,13 @@ def vqa_scores(
         )
     if without is not None:
         require_type(samples, without)
+    if samples and 0 < (fewest := min(len(sample.references) for sample in samples)) < FEW_ANSWERS:
+        warnings.warn(
+            f"a question has {counted(fewest, 'answer')}; with less than {FEW_ANSWERS}, the "
+            "official and the normalised accuracy stay below 1 for a prediction that matches all, "
+            "and are 0 with one (see metrics.vqa_accuracy)",
+            stacklevel=2,
+        )
     found: dict[str, list[list[float]]] = defaultdict(list)
     for sample, prediction in zip(samples, predictions, strict=True):
         if not sample.references:

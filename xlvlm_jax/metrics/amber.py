@@ -19,7 +19,8 @@ class AmberScore(NamedTuple):
         accuracy: of the answers, those that are right.
         precision: of the answers no, those that are right.
         recall: of the questions whose answer is no, those answered so.
-        f1: harmonic mean of precision and recall.
+        f1: harmonic mean of precision and recall; 0 without a right no, NaN only if no answer and
+            no label is no.
     """
 
     accuracy: float
@@ -58,12 +59,12 @@ def amber(
     said = [_said(prediction, protocol) for prediction in predictions]
     pairs = list(zip(said, labels, strict=True))
     hits = pairs.count(("no", "no"))
-    precision, recall = _share(hits, said.count("no")), _share(hits, list(labels).count("no"))
+    said_no, is_no = said.count("no"), list(labels).count("no")
     return AmberScore(
         accuracy=sum(a == b for a, b in pairs) / len(pairs),
-        precision=precision,
-        recall=recall,
-        f1=2 * precision * recall / (precision + recall) if hits else float("nan"),
+        precision=_share(hits, said_no),
+        recall=_share(hits, is_no),
+        f1=_share(2 * hits, said_no + is_no),
     )
 
 

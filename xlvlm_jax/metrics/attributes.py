@@ -1,6 +1,7 @@
 """Attribute scores: how well concepts separate known attributes of the samples.
 
-Each sample is assigned to its most active concept. The score is the normalised mutual information
+Each sample is assigned to its most active concept, those that activate none to a class of their
+own. The score is the normalised mutual information
 of that assignment with an attribute, NMI = I(concept; attribute) / mean of their entropies. It is 1
 if each determines the other, and near 0 if they are independent; with few samples and many concepts
 it exceeds 0 by chance, and shuffled assignments show by how much.
@@ -14,6 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from xlvlm_jax.metrics.labels import UNKNOWN, Labels, factorise
+from xlvlm_jax.metrics.most_activated import NONE, strongest_concept
 
 
 class AttributeScore(NamedTuple):
@@ -51,7 +53,8 @@ def attribute_scores(
         ValueError: an attribute does not have N values, or is unknown for all samples.
     """
     rng = np.random.default_rng(seed)
-    assignment, K = np.argmax(np.asarray(activations), axis=1), activations.shape[1]
+    assignment, K = strongest_concept(np.asarray(activations)), activations.shape[1]
+    assignment = np.where(assignment == NONE, K, assignment)
     scores = {}
     for name, values in attributes.items():
         labels = values if isinstance(values, Labels) else factorise(values)
@@ -65,11 +68,11 @@ def attribute_scores(
             raise ValueError(f"attribute {name!r} is unknown for all samples; omit it")
         labels, concepts = labels.take(known), assignment[known]
         random = [
-            _mutual_information(labels.counts_by(rng.permutation(concepts), K))
+            _mutual_information(labels.counts_by(rng.permutation(concepts), K + 1))
             for _ in range(num_random)
         ]
         scores[name] = AttributeScore(
-            nmi=_mutual_information(labels.counts_by(concepts, K)),
+            nmi=_mutual_information(labels.counts_by(concepts, K + 1)),
             random_mean=float(np.mean(random)),
             random_std=float(np.std(random)),
             num_samples=len(concepts),

@@ -55,7 +55,7 @@ class BertScorer:
         idf: the texts that document frequencies are counted in (usually all references): a token in
             n of N texts has weight log((N + 1) / (n + 1)). Default: equal weights of 1.
         baseline: precision, recall and F1 b of unrelated sentences, from `read_baseline`: scores
-            become (score - b) / (1 - b) (section 5 of the paper).
+            become (score - b) / (1 - b) (section 5 of the paper), those of empty texts too.
         batch_size: number of pairs, and of sentences, per batch.
 
     Raises:
@@ -87,7 +87,8 @@ class BertScorer:
         """Returns the BERTScore of each candidate with its reference, or the best of several.
 
         Args:
-            candidates: S texts. An empty one scores 0, and so does one with an empty reference.
+            candidates: S texts. An empty one scores 0, and so does one with an empty reference;
+                with a baseline b, (0 - b) / (1 - b).
             references: one or more texts per candidate. The best one counts, separately for
                 precision, recall and F1.
 
@@ -126,6 +127,10 @@ class BertScorer:
         tokenizer = self.encoder.tokenizer
         longest = min(tokenizer.model_max_length, self.encoder.config.max_length)
         stripped = [text.strip() for text in texts]
+        # The package encodes with add_prefix_space: RoBERTa's first word is as within a text.
+        # transformers 5 ignores the option of the call, so the space is written.
+        if self.encoder.config.model_type == "roberta":
+            stripped = [text and f" {text}" for text in stripped]
         return tokenizer(stripped, truncation=True, max_length=longest)["input_ids"]
 
     def _document_frequencies(self, texts: Sequence[str]) -> Callable[[int], float]:

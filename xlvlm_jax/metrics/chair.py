@@ -48,8 +48,8 @@ _PAIRS = {
 }
 _OFFICIAL = {word: name for word, name in OBJECT_OF.items() if word not in UNMATCHED}
 
-# Irregular plurals, as endings: what the official script undoes, and how people write.
-_IRREGULAR = {
+# Irregular plurals that the official script undoes, as endings.
+_UNDONE = {
     "man": "men",
     "child": "children",
     "goose": "geese",
@@ -60,6 +60,25 @@ _IRREGULAR = {
     "knife": "knives",
     "calf": "calves",
 }
+# Plurals as people write them: of these words, and of words with these endings.
+_OF_WORDS = {"person": "people", "ox": "oxen"}
+_OF_WORDS |= {
+    word: f"{word}s" for word in ("human", "ottoman", "german", "roman", "caiman", "talisman")
+}
+_OF_ENDINGS = {
+    **{"man": "men", "child": "children", "goose": "geese", "mouse": "mice"},
+    **{"tooth": "teeth", "foot": "feet", "knife": "knives", "wife": "wives", "life": "lives"},
+    **{"calf": "calves", "half": "halves", "leaf": "leaves", "loaf": "loaves"},
+    **{
+        "hoof": "hooves",
+        "shelf": "shelves",
+        "scarf": "scarves",
+        "thief": "thieves",
+        "wolf": "wolves",
+    },
+}
+# Of these the regular plural is usual as well, or the only one that some write.
+_ALSO_REGULAR = ("person", "scarf", "hoof", "mouse")
 _ALWAYS_PLURAL = {"people", "children", "oxen", "cattle", "scissors", "skis"}
 
 
@@ -243,7 +262,7 @@ def _singulars() -> dict[str, str]:
         if not word.endswith("s") or word == "scissors":
             forms.setdefault(word, word)
         if not word.endswith("s") or word.endswith(("bus", "ss")):
-            forms |= dict.fromkeys(plurals(word), word)
+            forms |= dict.fromkeys(_undone_plurals(word), word)
         if word.endswith(("a", "o")):
             forms[f"{word}e" if word.endswith("a") else f"{word}es"] = word
     for lost in ("canoes", "collies", "doggies", "magpies", "ties", "oxens"):
@@ -252,11 +271,30 @@ def _singulars() -> dict[str, str]:
     return {**forms, "children": "child", "people": "person"}
 
 
-def plurals(word: str) -> list[str]:
-    """Returns the plural of a word as people write it; both, where there are two."""
-    for ending, plural in _IRREGULAR.items():
+def _undone_plurals(word: str) -> list[str]:
+    """Returns the plurals of a word that the official script undoes."""
+    for ending, plural in _UNDONE.items():
         if word == ending or (word.endswith(ending) and ending not in ("ox", "person", "cow")):
             return [word[: -len(ending)] + plural]
+    return _regular_plurals(word)
+
+
+def plurals(word: str) -> list[str]:
+    """Returns the plural of a word as people write it; both, where there are two.
+
+    Examples:
+        >>> from xlvlm_jax.metrics.chair import plurals
+        >>> plurals("cow"), plurals("scarf"), plurals("buffalo")
+        (['cows'], ['scarves', 'scarfs'], ['buffalos', 'buffaloes'])
+    """
+    if word in _OF_WORDS:
+        found = [_OF_WORDS[word]]
+    else:
+        found = [word[: -len(e)] + plural for e, plural in _OF_ENDINGS.items() if word.endswith(e)]
+    return found + (_regular_plurals(word) if not found or word in _ALSO_REGULAR else [])
+
+
+def _regular_plurals(word: str) -> list[str]:
     if re.search("[^aeiou]y$", word):
         return [f"{word[:-1]}ies"]
     if re.search("(s|x|ch|sh)$", word):

@@ -11,8 +11,8 @@ plain      As a person would: the first word that says yes or no counts. "False"
            yes or no in their sentence says; without one, they say yes, and no after a negation in
            their clause or directly before one ("indeed not", "correct, there isn't one"). "That's
            true" also says no after a negation in the clauses before it. Without such a word, a
-           negation anywhere means no, but not in a tag (", isn't it?"). An empty answer is neither:
-           it is wrong, and not a yes.
+           negation anywhere ("not", "nobody", "zero", "isnt") means no, but not in a tag (", isn't
+           it?"). An answer without a letter is neither: it is wrong, and not a yes.
 
 XL-VLMs reads no answer: it asks whether the label is in an answer's first 15 characters, see
 `label_at_start`.
@@ -33,18 +33,24 @@ _SAYING = re.compile(
     r"|(?P<agrees>true|correct|indeed))\b"
 )
 _SENTENCE_END = re.compile(r"[.!?]+(?:\s|$)|\n")
-_NEGATION = re.compile(r"\b(?:not|none|nothing|never|cannot|neither|without)\b|n['\u2019]t\b")
+_NEGATIVE = "not|none|nothing|nobody|nowhere|never|cannot|neither|without|absent|zero"
+# "isn't", and "isnt" as some write it.
+_CONTRACTED = (
+    r"(?:\w+n['\u2019]t"
+    r"|(?:ai|are|ca|could|did|does|do|had|has|have|is|should|was|were|wo|would)nt)\b"
+)
+_NEGATION = re.compile(rf"\b(?:(?:{_NEGATIVE})\b|{_CONTRACTED})")
 _CLAUSE_END = re.compile(
     r"[,;:()\u2013\u2014]"
     r"|\b(?:and|but|yet|so|although|though|because|while|whereas|which|who)\b"
 )
-_TAG = re.compile(r",\s*\w+n['\u2019]t\s+(?:it|there|that|they|he|she|you)\W*$")
+_TAG = re.compile(rf",\s*{_CONTRACTED}\s+(?:it|there|that|they|he|she|you)\W*$")
 # Before "true" in a clause that says nothing else: "that's", "it is".
 _REFERRING = re.compile(r"\W*(?:that|this|it)?(?:['\u2019]s\b|\s*\b(?:is|was)\b)?(?:\s+also)?\W*")
 # After "indeed" and the like, where it denies what they say: "not", "isn't", ", there is not".
 _DIRECTLY = re.compile(
     r"\W*(?:(?:that\s+)?(?:there|i|we)\s+)?(?:(?:is|are|was|were|am|do|does|did|can|could)\s+)?"
-    r"(?:(?:not|none|nothing|never|cannot|neither|without)\b|\w+n['\u2019]t\b)"
+    rf"(?:(?:{_NEGATIVE})\b|{_CONTRACTED})"
 )
 
 
@@ -58,7 +64,8 @@ class PopeScore(NamedTuple):
         accuracy: of the answers, those that are right.
         precision: of the answers yes, those that are right.
         recall: of the questions whose answer is yes, those answered so.
-        f1: harmonic mean of precision and recall.
+        f1: harmonic mean of precision and recall; 0 without a right yes, NaN only if no answer
+            and no label is yes.
         yes_share: of the answers, those that are yes.
     """
 
@@ -148,7 +155,7 @@ def pope_scores(counts: Float[np.ndarray, "*shape 5"]) -> dict[str, Float[np.nda
             "accuracy": right / number,
             "precision": precision,
             "recall": recall,
-            "f1": np.where(hits > 0, 2 * precision * recall / (precision + recall), np.nan),
+            "f1": 2 * hits / (said_yes + is_yes),
             "yes_share": said_yes / number,
         }
     return {name: np.asarray(share) for name, share in shares.items()}
@@ -225,7 +232,7 @@ def _read_plainly(text: str) -> Literal["yes", "no", ""]:
             return "no" if any(_agrees_to_no(sentence, word) for word in words) else "yes"
     if any(map(_NEGATION.search, sentences)):
         return "no"
-    return "yes" if text.strip() else ""
+    return "yes" if any(map(str.isalpha, text)) else ""
 
 
 def _before(sentence: str, word: re.Match[str]) -> str:

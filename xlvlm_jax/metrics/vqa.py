@@ -35,7 +35,9 @@ def vqa_accuracy(prediction: str, answers: Sequence[str], protocol: Protocol = "
 
     Args:
         prediction: the model's answer.
-        answers: one answer per person.
+        answers: one answer per person. The first two protocols compare with the others' answers, so
+            a prediction that matches all scores 0 with one answer, 1/3 with two, 2/3 with three,
+            and 1 with four or more.
         protocol: "official", "normalised" or "xl-vlms", see the module.
 
     Raises:

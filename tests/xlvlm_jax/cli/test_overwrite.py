@@ -99,18 +99,18 @@ def test_it_is_replaced_on_request(xlvlm, run, tmp_path):
 
 
 def test_the_old_one_stays_where_there_is_no_new_one(xlvlm, run, tmp_path):
-    (tmp_path / "mine").touch()
+    (tmp_path / "mine.safetensors").touch()
     fine = ("steer", "fit", run / "features", "--method", "fine", "--num-concepts", 1)
     status, _, errors = xlvlm(*fine, "--output", tmp_path, "--overwrite")
     assert status == 2 and "num_concepts is 1; expected at least 2" in errors
-    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.safetensors"]
     shift = [*COMMANDS["shift"], "--beside", tmp_path, "--beside", tmp_path]
     shift = [run / each if each in ("features", "concepts") else each for each in shift]
     status, _, errors = xlvlm(*shift, "--output", tmp_path / "new")
     assert status == 2 and "--beside names a shift twice, or the output" in errors
     with pytest.raises(ValueError, match="there is no vector to write"):
         steer_fit._write(tmp_path, {}, several=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -134,3 +134,68 @@ def test_a_dry_run_writes_nothing_and_is_not_refused(xlvlm, run, tmp_path):
     again = ("decompose", run / "features", "--num-concepts", 2, "--output", tmp_path)
     assert xlvlm(*again, "--dry-run")[0] == 0
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+FINE = ("--method", "fine", "--num-concepts", 2, "--source", "yes")
+
+
+def test_nothing_but_vectors_is_replaced_by_vectors(xlvlm, run, tmp_path):
+    """A run directory as the output of several vectors kept its vectors alone."""
+    fine = ("steer", "fit", run / "features", *FINE, "--overwrite")
+    before = contents(run)
+    status, _, errors = xlvlm(*fine, "--output", run)
+    assert status == 2 and "features; choose a new directory" in " ".join(errors.split())
+    (tmp_path / "features").mkdir()
+    status, _, errors = xlvlm(*fine, "--output", tmp_path)
+    line = " ".join(errors.split())
+    assert status == 2 and "holds features, and only vectors (*.safetensors) are replaced" in line
+    assert contents(run) == before
+    file = tmp_path / "file"
+    file.write_text("mine")
+    status, _, errors = xlvlm(*fine, "--output", file)
+    assert status == 2 and "is a file; expected a directory" in errors
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["features", "file"]
+    old = tmp_path / "vectors"
+    old.mkdir()
+    (old / "old.safetensors").touch()
+    status, _, errors = xlvlm(*fine, "--output", old)
+    assert status == 0, errors
+    assert {path.suffix for path in old.iterdir()} == {".safetensors"}
+    assert not (old / "old.safetensors").exists()
+
+
+def test_a_sweep_removes_nothing_but_a_sweep(xlvlm, run, tmp_path):
+    vectors = tmp_path / "out" / "vectors"
+    vectors.mkdir(parents=True)
+    vector = vectors / "v.safetensors"
+    vector.write_bytes((run / "vectors" / "v.safetensors").read_bytes())
+    sweep = (
+        *("steer", "sweep", "embedded", run / "scenes", "--output", tmp_path / "out"),
+        *("--choose-on", "train", "--overwrite", "--source", "yes", "--target", "no"),
+    )
+    status, _, errors = xlvlm(*sweep, "--vector", vector)
+    line = " ".join(errors.split())
+    assert status == 2 and "v.safetensors; choose a new directory" in line
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    status, _, errors = xlvlm(*sweep, "--vector", run / "vectors")
+    assert status == 2 and "holds notes.txt, and only files of a sweep are replaced" in " ".join(
+        errors.split()
+    )
+    assert vector.is_file()
+
+
+@pytest.mark.parametrize("name", ["evaluate", "steer apply", "decompose", "shift"])
+def test_a_file_where_a_directory_is_written(xlvlm, run, tmp_path, monkeypatch, name):
+    """It was found when all answers were there."""
+    monkeypatch.chdir(run)
+    (tmp_path / "there").write_text("mine")
+    for output in (tmp_path / "there", tmp_path / "there" / "inside"):
+        status, _, errors = xlvlm(*COMMANDS[name], "--output", output, "--overwrite")
+        assert status == 2 and "is a file; expected a directory" in " ".join(errors.split())
+
+
+@pytest.mark.parametrize("name", ["steer fit", "steer rank"])
+def test_a_directory_where_a_file_is_written(xlvlm, run, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(run)
+    status, _, errors = xlvlm(*COMMANDS[name], "--output", tmp_path, "--overwrite")
+    assert status == 2 and "is a directory; expected a file to write" in " ".join(errors.split())

@@ -70,6 +70,17 @@ from xlvlm_jax import metrics
         ("That isn't false.", "yes", "yes"),
         ("False, there is not a dog.", "no", "no"),
         ("That is not true, it is false.", "no", "no"),
+        ("?", "yes", ""),
+        ("!!!! 1", "yes", ""),
+        ("It is nowhere to be seen", "yes", "no"),
+        ("Zero dogs are there", "yes", "no"),
+        ("Nobody is there", "yes", "no"),
+        ("A dog is absent", "yes", "no"),
+        ("There isnt one", "yes", "no"),
+        ("I cant see one", "yes", "no"),
+        ("Indeed, there isnt one", "yes", "no"),
+        ("There is a dog, isnt it?", "yes", "yes"),
+        ("An ant is there, as I want", "yes", "yes"),
     ],
 )
 def test_how_answers_are_read(answer, official, plain):
@@ -90,6 +101,15 @@ def test_undefined_shares_are_nan():
     score = metrics.pope(["no", "no"], ["no", "no"])
     assert score.accuracy == 1 and score.yes_share == 0
     assert all(math.isnan(value) for value in (score.precision, score.recall, score.f1))
+
+
+def test_f1_is_zero_without_a_right_yes():
+    """It was undefined, so that draws without one did not count in its interval."""
+    assert metrics.pope(["yes", "no"], ["no", "yes"]).f1 == 0
+    assert metrics.pope(["no", "no"], ["no", "yes"]).f1 == 0
+    counts = metrics.pope_counts(["yes", "no", "no"], ["yes", "yes", "yes"])
+    interval = metrics.bootstrap(counts, list("abc"), metrics.pope_scores)["f1"]
+    assert interval.low == 0
 
 
 @given(st.lists(st.tuples(*[st.sampled_from(["yes", "no"])] * 2), min_size=1, max_size=20))

@@ -31,6 +31,7 @@ from xlvlm_jax.features.pth.sidecar import write_kept
 from xlvlm_jax.features.pth.unpickle import PthError
 from xlvlm_jax.features.reader import Features, matching_sites
 from xlvlm_jax.features.writer import FeaturesWriter
+from xlvlm_jax.storage import outputs
 from xlvlm_jax.storage.pictures import name_in
 
 BATCH = 256  # samples written at a time
@@ -141,9 +142,7 @@ def _require_features(output: Path, path: Path, images: str | os.PathLike[str] |
     advice = "choose a new directory"
     if not output.is_dir() or output.is_symlink():
         raise FileExistsError(f"{output} is a file or a link; {advice}")
-    for held in [path] if images is None else [path, Path(images)]:
-        if output.resolve() in (held.resolve(), *held.resolve().parents):
-            raise FileExistsError(f"{output} holds {held}; {advice}")
+    outputs.require_apart(output, [path] if images is None else [path, Path(images)])
     try:
         known = manifest_of(output)
     except ValueError:
