@@ -5,7 +5,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from xlvlm_jax.cli.console import Overwrite, Seed, console, parse_mesh, refuse_existing, solver_bar
+from xlvlm_jax.cli.console import (
+    Overwrite,
+    Seed,
+    console,
+    parse_mesh,
+    refuse_existing,
+    refuse_given,
+    solver_bar,
+)
 from xlvlm_jax.cli.runtime import DryRun, Hosts, Profile, join_hosts, peak_memory, profiled
 
 if TYPE_CHECKING:
@@ -136,6 +144,8 @@ def decompose(
             if method.endswith("crosscoder") and dictionary is None:
                 refuse_existing(target_directory(directory), overwrite, directory=True)
     if dictionary is not None:
+        learning = ("method", "num_concepts", "seed", "mesh", "profile")
+        refuse_given(context, learning, "with --dictionary, which is not learnt")
         _encode(opened, places, dictionary, stream, given, other, dry_run)
         return
     if (counts := parse_mesh(mesh)) is not None:

@@ -197,6 +197,7 @@ def finish(summary: dict[str, Any], output: Path) -> None:
 
     draw_all(summary, output)
     show_skipped(summary["unreadable"])
+    show_skipped(summary.get("sweep", {}).get("unreadable", {}))
     show(summary, console)
     console.print(
         f"{counted(summary['samples'], 'sample')}, {len(summary['unreadable'])} unreadable -> "

@@ -31,9 +31,9 @@ Dataset = Annotated[
 Split = Annotated[
     str | None,
     typer.Option(
-        help="train, val or test; for pope random, popular, adversarial or all; for amber "
-        "existence, attribute, relation or all, or generative (descriptions); for questions a type "
-        "or all; for mmsb all, train or test."
+        help="train (default), val or test; for pope random, popular, adversarial or all; for "
+        "amber existence, attribute, relation or all, or generative (descriptions); for questions "
+        "a type or all; for mmsb all, train or test. Default of these: all."
     ),
 ]
 Negatives = Annotated[
@@ -138,7 +138,7 @@ def dataset_of(task: str | None, dataset: str | None) -> str:
 
 
 def reading_of(task: str | None, dataset: str, split: str | None, negatives: str) -> dict[str, Any]:
-    """Returns the options of `read_samples` that depend on the task.
+    """Returns the options of `read_samples` that depend on the task, with the split by name.
 
     Args:
         task, split, negatives: values of the options.
@@ -153,8 +153,9 @@ def reading_of(task: str | None, dataset: str, split: str | None, negatives: str
             f"--negatives belongs to --dataset scenes, not to {dataset}; omit it"
             + ("; --split chooses the file" if dataset == "pope" else "")
         )
-    if dataset == "pope" and task in ("pope", "descriptions"):
-        return {"split": split or "all"} | ({"describe": True} if task == "descriptions" else {})
+    chosen = split or ("train" if dataset in ("vqav2", "coco", "scenes") else "all")
+    if dataset == "pope":
+        return {"split": chosen} | ({"describe": True} if task == "descriptions" else {})
     if dataset == "amber" and task == "chair":
         if split not in (None, "generative"):
             raise ValueError(
@@ -165,8 +166,8 @@ def reading_of(task: str | None, dataset: str, split: str | None, negatives: str
         raise ValueError("AMBER's split generative has no questions; give --task chair too")
     if dataset == "scenes":
         asked = "captions" if task in ("chair", "captions") else "all"
-        return {"split": split, "ask": asked, "negatives": negatives}
-    return {"split": split}
+        return {"split": chosen, "ask": asked, "negatives": negatives}
+    return {"split": chosen}
 
 
 def parse_task(
@@ -235,7 +236,10 @@ def parse_task(
             )
         fitted = {}
     sources, targets = (
-        tuple(fitted.get(name) or ()) if text is None else tuple(text.split(","))
+        # In lower case, as answers are compared.
+        tuple(fitted.get(name) or ())
+        if text is None
+        else tuple(word.strip().lower() for word in text.split(","))
         for name, text in (("source", source), ("target", target))
     )
     if bool(sources) != bool(targets):
@@ -266,6 +270,8 @@ def refuse_ignored(context: typer.Context, task: Any) -> None:
         refuse_given(context, ("wanted", "max_cost", "num_choose"), "without --choose-on")
     if isinstance(task, evaluation.Captions):
         refuse_given(context, ("without", "vqa_protocol"), "on captions")
+        if isinstance(task, evaluation.Descriptions) or given.get("dataset") == "mmsb":
+            refuse_given(context, ("java",), "on answers without references")
     else:
         refuse_given(context, ("java",), "on questions")
 
@@ -307,9 +313,11 @@ def vectors_at(vectors: Sequence[Any], sites: Sequence[str], together: bool) -> 
 
 
 def samples_to_choose_on(
-    samples: Sequence[Any], of: Sequence[Any], split: str, num_choose: int | None
+    samples: Sequence[Any], of: Sequence[Any], split: str, num_choose: int | None, seed: int = 0
 ) -> list[Any]:
     """Returns the samples of a split to choose on: some of those that are not evaluated too.
+
+    At most `num_choose` are drawn by the seed, as `--num-samples` draws.
 
     Samples are the same if picture and prompt are: POPE's splits share questions under other IDs,
     and give one ID to different questions.
@@ -317,6 +325,8 @@ def samples_to_choose_on(
     Raises:
         ValueError: there are none, or none of a label, or `num_choose` is less than 1.
     """
+    from xlvlm_jax.data import select
+
     require_counts(num_choose=num_choose)
     evaluated = {(sample.image_id, sample.prompt) for sample in samples}
     others = [sample for sample in of if (sample.image_id, sample.prompt) not in evaluated]
@@ -332,7 +342,7 @@ def samples_to_choose_on(
             f"{', '.join(sorted(lost))} is also evaluated; give another split, or evaluate fewer "
             "samples (--num-samples)"
         )
-    return others[:num_choose]
+    return select.subsample(others, num_choose, seed)
 
 
 def describe_run(

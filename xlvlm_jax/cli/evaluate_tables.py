@@ -72,6 +72,8 @@ def _show_protocols(metric: str, conditions: Mapping[str, Any], console: Console
                 shown = (_figure(figure, values) for figure in figures)
                 table.add_row(f"{name}, {protocol}, {kind}", *shown)
     console.print(table)
+    if metric == "AMBER":  # told below the table of POPE, whose official protocol it is of
+        return
     for name, measured in conditions.items():
         if (differ := measured.get("read differently")) and differ["count"]:
             examples = "; ".join(repr(text) for text in differ["examples"][:3])

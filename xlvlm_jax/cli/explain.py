@@ -19,6 +19,7 @@ from xlvlm_jax.cli.console import (
     load_model,
     progress_bars,
     refuse_existing,
+    refuse_given,
     require_counts,
 )
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 
 def explain(
+    context: typer.Context,
     model: Annotated[
         str,
         typer.Argument(
@@ -80,6 +82,9 @@ def explain(
             f"{model} is not a directory of concepts; name one, or give the concepts of the model "
             "with --concepts"
         )
+    if concepts is None:
+        running = ("prompt", "adapter", "dtype", "max_new_tokens")
+        refuse_given(context, running, "without --concepts, as no model is run")
     directory = Path(model) if concepts is None else concepts
     require_counts(num_concepts=num_concepts, max_new_tokens=max_new_tokens)
     learnt = Concepts.load(directory)

@@ -177,8 +177,7 @@ def extract(
     Run the same command again to resume an interrupted run.
     """
     resumes()
-    if not vector:
-        refuse_given(context, ("alpha", "where"), "without --vector")
+    _refuse_ignored(context)
     join_hosts(hosts)
     from xlvlm_jax import features as module
     from xlvlm_jax.data import select
@@ -207,7 +206,7 @@ def extract(
     placing: dict[str, Any] = {"mesh": parse_mesh(mesh), "processor": processor}
     steering = _steering(vector or [], alpha, where)
     if dry_run:
-        vlm = load_model(model, dtype, abstract=True, **placing)
+        vlm = load_model(model, dtype, abstract=True, adapter=adapter, **placing)
         (vlm,) = _as_run([vlm], mode, ignore_generation_config)
         needs = module.preflight(
             vlm, samples, output, settings, models=1 if finetuned is None else 2
@@ -233,6 +232,18 @@ def extract(
             progress=bars(progress)("extracting"),
         )
     _show(summary, programs, output)
+
+
+def _refuse_ignored(context: typer.Context) -> None:
+    """Raises ValueError if an option was given that only has an effect beside another."""
+    given = context.params
+    if not given["vector"]:
+        refuse_given(context, ("alpha", "where"), "without --vector")
+    if given["containing"] is None:
+        searching = ("key", "any_case", "containing_match", "containing_in")
+        refuse_given(context, searching, "without --containing")
+    if given["num_samples"] is None:
+        refuse_given(context, ("first",), "without --num-samples")
 
 
 def _selection(

@@ -17,6 +17,7 @@ from xlvlm_jax.cli.console import (
     console,
     load_model,
     progress_bars,
+    refuse_given,
     require_counts,
     show_skipped,
 )
@@ -34,6 +35,7 @@ Words = Annotated[
 
 
 def finetune(
+    context: typer.Context,
     model: Model,
     data: Annotated[Path, typer.Argument(help="Directory of the data set.")],
     output: Annotated[Path, typer.Option(help="Directory to write.")],
@@ -111,6 +113,7 @@ def finetune(
     from xlvlm_jax.data import select
 
     require_counts(save_every=save_every, evaluate_every=evaluate_every, num_samples=num_samples)
+    _refuse_ignored(context)
     settings = module.FinetuneSettings(
         method=method,
         rank=rank,
@@ -166,6 +169,15 @@ def finetune(
         )
     show_skipped(summary.skipped)
     _show(summary, len(samples), output)
+
+
+def _refuse_ignored(context: typer.Context) -> None:
+    """Raises ValueError if an option was given that only has an effect beside another."""
+    if context.params["evaluation_split"] is None:
+        evaluating = ("evaluate_every", "evaluation_samples")
+        refuse_given(context, evaluating, "without --evaluation-split")
+    if context.params["method"] == "full":
+        refuse_given(context, ("rank", "alpha"), "with --method full")
 
 
 def _show(summary: Any, count: int, output: Path) -> None:

@@ -6,7 +6,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from xlvlm_jax.cli.console import Dtype, Mesh, Model, console, load_model, parse_mesh
+from xlvlm_jax.cli.console import (
+    Dtype,
+    Mesh,
+    Model,
+    console,
+    load_model,
+    parse_mesh,
+    require_counts,
+)
 
 if TYPE_CHECKING:
     from ports.inspection import Inspection
@@ -95,9 +103,10 @@ def inspect(
     try:
         width, height = (int(number) for number in image_size.lower().split("x"))
     except ValueError:
-        raise ValueError(
-            f"--image-size is {image_size!r}; expected WIDTHxHEIGHT, such as 640x480"
-        ) from None
+        width = height = 0
+    if min(width, height) < 1:
+        raise ValueError(f"--image-size is {image_size!r}; expected WIDTHxHEIGHT, such as 640x480")
+    require_counts(batch_size=batch_size, max_new_tokens=max_new_tokens)
     described = inspection.inspect(
         load_model(model, dtype, abstract=True),
         batch_size=batch_size,

@@ -18,6 +18,7 @@ from xlvlm_jax.cli.console import (
     named_features,
     progress_bars,
     refuse_existing,
+    refuse_given,
 )
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 
 def map_(
+    context: typer.Context,
     model: Model,
     pictures: Annotated[
         list[Path] | None,
@@ -97,6 +99,7 @@ def map_(
                 "no pictures given; name image files or folders, or give --concepts alone to map "
                 "each concept on its own pictures"
             )
+        refuse_given(context, ("prompt", "site", "through_norm"), "without pictures")
         _store(model, concepts, dtype, adapter, overwrite)
         return
     if output is None:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from xlvlm_jax.cli.console import Overwrite, console, parse_where, refuse_existing
+from xlvlm_jax.cli.console import Overwrite, console, parse_where, refuse_existing, refuse_given
 
 Sites = Annotated[
     list[str] | None,
@@ -17,6 +17,7 @@ Sites = Annotated[
 
 
 def import_pth(
+    context: typer.Context,
     file: Annotated[
         Path, typer.Argument(help="Hidden states, concepts, vectors or networks saved by XL-VLMs.")
     ],
@@ -72,31 +73,32 @@ def import_pth(
         import_l2s,
         import_sample_vectors,
         import_vector,
-        network_in,
     )
 
     data = read_pth(file, opaque=True)
-    held = list(data) if isinstance(data, dict) else []
     meant: dict[str, Any] = {"where": parse_where(where), "model": model}
-    if network_in(data) is not None:
+    kind = _kind_of(data, sample_ids)
+    others = {name for names in _TAKEN.values() for name in names} - {*_TAKEN[kind]}
+    refuse_given(context, sorted(others), f"on {kind}")
+    if kind == "a network":
         refuse_existing(output, overwrite)
         chosen = _only(site, "--site names the module that the network steers")
         network = import_l2s(file, chosen, context_site=context_site, **meant)
         network.save(output)
         console.print(f"{network!r} -> {output}")
-    elif sample_ids is not None:
+    elif kind == "vectors of samples":
         refuse_existing(output, overwrite)
         chosen = _only(site, "--site names the module that the vectors steer")
         vectors = import_sample_vectors(file, chosen, read_ids(sample_ids), key=key, **meant)
         vectors.save(output)
         console.print(f"{vectors!r} -> {output}")
-    elif any(str(name).startswith("steering_vector") for name in held):
+    elif kind == "a vector":
         refuse_existing(output, overwrite)
         chosen = _only(site, "--site names the module that the vector steers")
         vector = import_vector(file, chosen, key=key, **meant)
         vector.save(output)
         console.print(f"{key}, width {len(vector.vector)}, site {chosen} -> {output}")
-    elif "concepts" in held and "hidden_states" not in held:
+    elif kind == "concepts":
         refuse_existing(output, overwrite)
         concepts = import_concepts(file, site=site[0] if site else None, model=model)
         concepts.save(output)
@@ -119,6 +121,7 @@ def import_pth(
 
 
 def export_pth(
+    context: typer.Context,
     source: Annotated[
         Path,
         typer.Argument(help="Directory of features, concepts or fine vectors, or a vector's file."),
@@ -137,10 +140,12 @@ def export_pth(
     refuse_existing(output, overwrite)
     files = [source] if source.is_file() else sorted(source.glob("*.safetensors"))
     if (source / "concepts.json").exists():
+        refuse_given(context, ("site",), "on concepts, which are of one site")
         concepts = Concepts.load(source)
         export_concepts(concepts, output)
         console.print(f"{concepts!r} -> {output}")
     elif files and not (source / "manifest.json").exists():
+        refuse_given(context, ("site",), "on vectors, which are of one site")
         export_vectors([SteeringVector.load(file) for file in files], output)
         console.print(f"{counted(len(files), 'vector')} -> {output}")
     else:
@@ -148,6 +153,30 @@ def export_pth(
         export_features(opened, output, sites=site or ())
         samples, rows = counted(len(opened.samples), "sample"), counted(len(opened.tokens), "row")
         console.print(f"{samples}, {rows} -> {output}")
+
+
+# What is in a file -> the options of `import-pth` that it takes besides --site and --model.
+_TAKEN = {
+    "a network": ("where", "context_site"),
+    "vectors of samples": ("key", "where", "sample_ids"),
+    "a vector": ("key", "where"),
+    "concepts": (),
+    "features": ("rows", "dtype", "images"),
+}
+
+
+def _kind_of(data: Any, sample_ids: Path | None) -> str:
+    """Returns what a file of XL-VLMs holds, a key of _TAKEN."""
+    from xlvlm_jax.steering.pth import network_in
+
+    held = list(data) if isinstance(data, dict) else []
+    if network_in(data) is not None:
+        return "a network"
+    if sample_ids is not None:
+        return "vectors of samples"
+    if any(str(name).startswith("steering_vector") for name in held):
+        return "a vector"
+    return "concepts" if "concepts" in held and "hidden_states" not in held else "features"
 
 
 def _only(site: Any, what: str) -> str:

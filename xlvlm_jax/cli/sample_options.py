@@ -40,7 +40,8 @@ DatasetSize = Annotated[
     ),
 ]
 First = Annotated[
-    bool, typer.Option("--first", help="Take the first --num-samples instead of drawing them.")
+    bool,
+    typer.Option("--first/--draw", help="Take the first --num-samples, or draw them by the seed."),
 ]
 SampleIds = Annotated[
     Path | None,
@@ -93,10 +94,10 @@ def read_samples(
         raise ValueError(
             f"--questions belongs to --dataset vqav2, pope, amber or questions, not to {dataset}"
         )
-    if annotations is not None and dataset in ("pope", "questions", "scenes"):
+    if annotations is not None and dataset not in ("coco", "vqav2", "folder", "amber"):
         raise ValueError(
             f"--annotations does not belong to --dataset {dataset}; "
-            + ("omit it" if dataset == "scenes" else "give --questions")
+            + ("give --questions" if dataset in ("pope", "questions") else "omit it")
         )
     if objects is not None and dataset != "coco":
         raise ValueError(f"--objects belongs to --dataset coco, not to {dataset}")

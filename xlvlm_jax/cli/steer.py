@@ -198,7 +198,7 @@ def apply(
     others: Sequence[Any] = []
     if choose_on is not None:
         of = read_samples(dataset_name, data, **{**told, "split": choose_on})
-        others = samples_to_choose_on(samples, of, choose_on, num_choose)
+        others = samples_to_choose_on(samples, of, choose_on, num_choose, seed)
         measured.require_trial(others)
     if dry_run:  # with --choose-on of one condition, besides plain answers and an instruction
         count = (1 if others else len(tried)) + (baseline is None) + (instruction is not None)

@@ -277,7 +277,10 @@ def fit(
         return
     opened = StoredFeatures.open(features, images=images)
     how = steering.method_named(method)
-    sources, targets = (None if words is None else words.split(",") for words in (source, target))
+    sources, targets = (
+        None if words is None else [word.strip() for word in words.split(",")]
+        for words in (source, target)
+    )
     sites = how.sites_in(opened, site)
     several = how.makes_several or (len(sites) > 1 and not how.sites)
     _require_place(output, several, context.params)

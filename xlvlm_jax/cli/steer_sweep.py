@@ -25,6 +25,7 @@ from xlvlm_jax.cli.console import (
     refuse_existing,
     refuse_given,
     require_counts,
+    show_skipped,
 )
 from xlvlm_jax.cli.evaluate import finish
 from xlvlm_jax.cli.evaluate_options import (
@@ -172,6 +173,8 @@ def sweep(
         fitted += _fit(features, method or ["coarse"], site, words_fitted, key, seed)
     files = [file for path in vector or () for file in _files(path)]
     fitted += (loaded := _load(files))
+    if taken := {"plain", "instruction"} & {name for name, _ in fitted}:
+        raise ValueError(f"a vector is called {min(taken)!r}, as an unsteered condition is; rename")
     of_vectors = [one for _, one in fitted if key == "prediction"]
     dataset_name = dataset_of(task, dataset)
     measured = parse_task(
@@ -185,7 +188,7 @@ def sweep(
     drawn = [] if split is None else read_samples(dataset_name, data, **told)
     samples = few_samples(drawn, num_samples, seed)
     of = read_samples(dataset_name, data, **{**told, "split": choose_on})
-    others = samples_to_choose_on(samples, of, choose_on, num_choose)
+    others = samples_to_choose_on(samples, of, choose_on, num_choose, seed)
     measured.require_trial(others)
     if split is not None:
         measured.require(samples)
@@ -203,9 +206,11 @@ def sweep(
         found = evaluation.run_sweep(vlm, others, measured, tried, output, **limits, **options)
         _show(found, measured)
         conditions = _save_best(found, output / "vectors")
-        tried_on = found.describe(measured, split=choose_on, samples=len(others))
+        answered = len(others) - len(found.skipped)
+        tried_on = found.describe(measured, split=choose_on, samples=answered)
         if split is None:
             plot_tradeoff({"sweep": tried_on}, output / "tradeoff.svg")
+            show_skipped(found.skipped)
             console.print(f"{len(found.trials)} trials -> {output}")
             return
         if instruction is not None:
@@ -255,7 +260,9 @@ def _fit(
             f"--method {unfit[0].name} needs more than answers; fit it with `xlvlm steer fit` and "
             "give the result as --vector"
         )
-    source, target = (None if text is None else text.split(",") for text in words)
+    source, target = (
+        None if text is None else [word.strip() for word in text.split(",")] for text in words
+    )
     if source is None or target is None:
         raise ValueError("--features needs --source and --target, the answers to steer from and to")
     features = Features.open(path)

@@ -11,13 +11,16 @@ from xlvlm_jax.data import files
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.storage import versions
 
+FILE = "predictions.jsonl"
+
 
 def read_baseline(path: str | os.PathLike[str], samples: Sequence[Sample]) -> list[str | None]:
     """Returns an earlier run's plain answer to each sample; None where it could not read the image.
 
     Args:
-        path: a directory of `xlvlm evaluate`, or XL-VLMs' file of predictions, {ID: answer}; for
-            captions its IDs are the names of images without their ending.
+        path: a directory of `xlvlm evaluate` or the predictions.jsonl in it, or XL-VLMs' file of
+            predictions, {ID: answer}; for captions its IDs are the names of images without their
+            ending.
         samples: the samples.
 
     Raises:
@@ -25,8 +28,8 @@ def read_baseline(path: str | os.PathLike[str], samples: Sequence[Sample]) -> li
         ValueError: the file has another form, or lacks a sample, or the evaluation is of other
             questions with the same IDs, as the files of POPE have, or of another format version.
     """
-    path = Path(path)
-    file = path / "predictions.jsonl" if path.is_dir() else path
+    path = _run_of(path)
+    file = path / FILE if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(
             f"{file}: no such file; expected a directory of `xlvlm evaluate`, or predictions of "
@@ -79,20 +82,20 @@ def warn_of_others(
     """Warns if an earlier run's plain answers are of other prompts, another model or settings.
 
     Args:
-        path: as for `read_baseline`; only a directory of `xlvlm evaluate` says what it ran.
+        path: as for `read_baseline`; predictions of XL-VLMs do not say what it ran.
         samples: the samples.
         about: entries of "about" in its summary.json, such as the adapter; those that it does not
             have are not compared, None is.
         **settings: values of its summary.json, such as the model; those that it does not say, or
             that are None, are not compared.
     """
-    path = Path(path)
+    path = _run_of(path)
     if not (path / "summary.json").is_file():
         return
     # A summary without these values was answered without any.
     summary = {"generation_config": {}, **files.read_json(path / "summary.json")}
     told = summary.get("about", {})
-    lines = _lines(path / "predictions.jsonl")
+    lines = _lines(path / FILE)
     asked = {line["id"]: line["prompt"] for line in lines if "prompt" in line}
     pairs = {
         **{
@@ -117,6 +120,13 @@ def warn_of_others(
             "with others than the plain model's",
             stacklevel=2,
         )
+
+
+def _run_of(path: str | os.PathLike[str]) -> Path:
+    """Returns the directory of an evaluation whose predictions.jsonl is named; else the path."""
+    path = Path(path)
+    named = path.name == FILE and (path.parent / "summary.json").is_file()
+    return path.parent if named else path
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:

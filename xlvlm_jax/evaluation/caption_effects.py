@@ -8,7 +8,7 @@ import numpy as np
 
 from xlvlm_jax.data.word_rules import is_concept_word
 from xlvlm_jax.metrics.caption_tokenizer import caption_words
-from xlvlm_jax.metrics.captions import count_words
+from xlvlm_jax.metrics.captions import count_words, occurrences, phrases_of
 
 
 class CaptionChanges(NamedTuple):
@@ -64,6 +64,22 @@ def caption_changes(
         words_after=int(new.sum()),
         length_before=float(lengths[0]),
         length_after=float(lengths[1]),
+    )
+
+
+def count_each(captions: Sequence[str], words: Sequence[str]) -> Counter[str]:
+    """Counts how often each word or phrase occurs in captions, of those that do.
+
+    Args:
+        captions: the model's captions.
+        words: words or phrases, which match as a whole in any case; counted by the form in which
+            captions are read ("T-shirt" as "t-shirt").
+
+    Raises:
+        ValueError: there are no words.
+    """
+    return Counter(
+        " ".join(phrase) for text in captions for phrase in occurrences(text, phrases_of(words))
     )
 
 

@@ -5,7 +5,6 @@ everything else.
 """
 
 import dataclasses
-import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +17,7 @@ from xlvlm_jax.evaluation import hallucination
 from xlvlm_jax.evaluation.predict import Condition
 from xlvlm_jax.evaluation.sweep import Quantity, Trial
 from xlvlm_jax.evaluation.tasks import Captions, Questions
-from xlvlm_jax.metrics.amber_descriptions import amber_description_scores
+from xlvlm_jax.metrics.amber_descriptions import amber_description_scores, can_read_officially
 from xlvlm_jax.metrics.chair import (
     OBJECT_OF,
     chair_counts,
@@ -91,13 +90,16 @@ class Presence(Questions):
         groups = [
             sample.image_id for sample, is_known in zip(samples, known, strict=True) if is_known
         ]
-        interval = bootstrap(counts, groups, lambda x: {"accuracy": x[:, 0] / x[:, 1]})
+        undefined = {"accuracy": (float("nan"), float("nan"))}
+        interval = undefined
+        if known.any():
+            interval = bootstrap(counts, groups, lambda x: {"accuracy": x[:, 0] / x[:, 1]})
         measured["false yes"] = {
             "count": int(np.nansum(false)),
             "of": int((~np.isnan(false)).sum()),
         }
         measured["rest"] = {
-            "accuracy": float(rest[known].mean()),
+            "accuracy": float(rest[known].mean()) if known.any() else None,
             "interval": [None if np.isnan(end) else end for end in interval["accuracy"]],
             "count": int(known.sum()),
         }
@@ -364,9 +366,8 @@ class Descriptions(Captions):
 
     @property
     def protocols(self) -> tuple[str, ...]:
-        """Those that are computed: the official one only where nltk and spaCy are installed."""
-        installed = all(importlib.util.find_spec(name) for name in ("nltk", "spacy"))
-        return ("official", "plain") if installed else ("plain",)
+        """Those that are computed: the official one only where nltk and spaCy have their data."""
+        return ("official", "plain") if can_read_officially() else ("plain",)
 
     def describe(self) -> dict[str, Any]:
         """Returns the task as JSON values."""
@@ -376,8 +377,7 @@ class Descriptions(Captions):
         """Checks that the samples are AMBER's descriptions, and that descriptions can be scored.
 
         Raises:
-            ValueError: they are not, the data of nltk or spaCy are missing, or an annotated object
-                is not in the lists.
+            ValueError: they are not, or an annotated object is not in the lists.
         """
         self._require_countable(samples, self.protocols)
 
@@ -387,8 +387,7 @@ class Descriptions(Captions):
         """Returns what `Captions` measures and AMBER's scores as JSON values.
 
         Raises:
-            ValueError: as `Captions.measure`, the data of nltk or spaCy are missing, or an
-                annotated object is not in the lists.
+            ValueError: as `Captions.measure`, or an annotated object is not in the lists.
         """
         figures = hallucination.description_figures(samples, answers, self.lists, self.protocols)
         return {**super().measure(samples, plain, answers), **figures}

@@ -1,7 +1,7 @@
 """Sweeps over methods, sites and strengths: resumable trials, their Pareto front, a table.
 
 <directory>/sweep.json     the settings that all trials share
-<directory>/plain.json     {sample: the plain model's answer}
+<directory>/plain.json     {sample: the plain model's answer, or {"skipped": why there is none}}
 <directory>/trials.jsonl   a line per finished trial
 <directory>/trials.csv     the same as a table, once all are finished
 
@@ -15,8 +15,10 @@ import hashlib
 import io
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -27,8 +29,7 @@ from ports import VLM
 from ports.messages import few
 from xlvlm_jax.data.frames import pandas_module
 from xlvlm_jax.data.sample import Sample
-from xlvlm_jax.evaluation.predict import PLAIN, Condition, predict
-from xlvlm_jax.evaluation.stage import Stage
+from xlvlm_jax.evaluation.predict import PLAIN, Condition, Stage, predict
 from xlvlm_jax.evaluation.sweep import Trial, finite, vector_numbers
 from xlvlm_jax.evaluation.tasks import Task
 from xlvlm_jax.steering.methods import Steering
@@ -59,12 +60,14 @@ class Sweep(NamedTuple):
         trials: N trials.
         axis: what the budget limits, "off_target" or "cost", see `Trial`.
         budget: the highest cost of a trial that may be chosen.
+        skipped: {sample: why it was not answered}.
     """
 
     methods: tuple[str, ...]
     trials: tuple[Trial, ...]
     axis: Axis = "off_target"
     budget: float = math.inf
+    skipped: Mapping[str, str] = MappingProxyType({})
 
     @property
     def on_front(self) -> Bool[np.ndarray, " N"]:
@@ -95,8 +98,12 @@ class Sweep(NamedTuple):
         return best_within(kept, self.budget, self.axis)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Returns a row per trial, of plain values by the names in COLUMNS."""
-        best, numbers = self.chosen(), self._numbers
+        """Returns a row per trial, of plain values by the names in COLUMNS.
+
+        None is chosen if no trial has an effect to choose by.
+        """
+        usable = any(is_usable(trial, self.axis) for trial in self.trials)
+        best, numbers = self.chosen() if usable else None, self._numbers
         rows = []
         for method, trial, number, on_front in zip(
             self.methods, self.trials, numbers, self.on_front, strict=True
@@ -130,6 +137,7 @@ class Sweep(NamedTuple):
         return {
             **of,
             "quantities": {"effect": task.effect._asdict(), "cost": task.cost._asdict()},
+            **({"unreadable": dict(self.skipped)} if self.skipped else {}),
             "wanted": finite(task.wanted),
             "max_cost": finite(task.max_cost),
             "axis": self.axis,
@@ -196,7 +204,7 @@ def best_within(trials: Sequence[Trial], budget: float, axis: Axis = "off_target
     Raises:
         ValueError: no trial has a finite effect and a finite value on the axis.
     """
-    usable = [t for t in trials if math.isfinite(t.effect) and math.isfinite(getattr(t, axis))]
+    usable = [trial for trial in trials if is_usable(trial, axis)]
     if not usable:
         raise ValueError(
             f"none of {len(trials)} trials has an effect and {axis} to choose by; use a split with "
@@ -206,6 +214,11 @@ def best_within(trials: Sequence[Trial], budget: float, axis: Axis = "off_target
     if not within:
         return min(usable, key=lambda t: (getattr(t, axis), -t.effect, abs(t.condition.alpha)))
     return min(within, key=lambda t: (-t.effect, getattr(t, axis), abs(t.condition.alpha)))
+
+
+def is_usable(trial: Trial, axis: Axis) -> bool:
+    """Returns whether a trial has an effect and a value on the axis to choose by."""
+    return math.isfinite(trial.effect) and math.isfinite(getattr(trial, axis))
 
 
 def attempts(
@@ -265,7 +278,9 @@ def run_sweep(
 
     Raises:
         ValueError: the directory holds a sweep of another model, other samples or another task;
-            there is nothing to try; or as `predict` and the task.
+            there is nothing to try; a picture that was read for the plain answers can't be read for
+            a trial, which is then not stored; the plain answers leave no effect to choose by; or as
+            `predict` and the task.
         OSError: the directory can't be written.
     """
     task.require_trial(samples)
@@ -282,6 +297,9 @@ def run_sweep(
         "task": task.describe(),
         "max_new_tokens": new_tokens,
         "samples": _digest([(s.id, s.prompt, str(s.image), s.references) for s in samples]),
+        "dtype": vlm.dtype.name,
+        "metadata": _digest_of_json([dict(s.metadata) for s in samples]),
+        "word lists": _digest_of_json(getattr(task, "lists", None)),
     }
     _require_same(directory, settings)
     common: dict[str, Any] = {
@@ -289,7 +307,8 @@ def run_sweep(
         "batch_size": batch_size,
         "strict": strict,
     }
-    kept, plain = _plain(vlm, samples, directory, **common)
+    kept, plain, skipped = _plain(vlm, samples, directory, **common)
+    require_effect(task, kept, plain, axis)
     known = _finished(directory / "trials.jsonl")
     keys = [_key(attempt) for attempt in tried]
     missing = [i for i, key in enumerate(keys) if key not in known]
@@ -297,9 +316,14 @@ def run_sweep(
     for first in range(0, len(missing), at_once):
         group = missing[first : first + at_once]
         conditions = [tried[i].condition for i in group]
-        answers = predict(vlm, kept, conditions, **common).answers
-        for i, given in zip(group, answers, strict=True):
-            trial = task.trial(kept, plain, tried[i].condition, [answer or "" for answer in given])
+        predictions = predict(vlm, kept, conditions, **common)
+        for name, reason in predictions.errors.items():
+            raise ValueError(
+                f"sample {name} was answered by the plain model, and can't be read for the trials "
+                f"({reason}); restore it and run again, which continues after the last group"
+            )
+        for i, given in zip(group, predictions.answers, strict=True):
+            trial = task.trial(kept, plain, tried[i].condition, [str(answer) for answer in given])
             known[keys[i]] = {"method": tried[i].method, **trial.describe()}
         lines = (json.dumps({"key": key, **row}) + "\n" for key, row in known.items())
         atomic.write(directory / "trials.jsonl", "".join(lines))
@@ -309,9 +333,40 @@ def run_sweep(
         Trial(attempt.condition, *(_or_nan(known[key][name]) for name in Trial._fields[1:]))
         for attempt, key in zip(tried, keys, strict=True)
     )
-    sweep = Sweep(tuple(attempt.method for attempt in tried), trials, axis, budget)
+    methods = tuple(attempt.method for attempt in tried)
+    sweep = Sweep(methods, trials, axis, budget, skipped)
     atomic.write(directory / "trials.csv", sweep.to_csv())
     return sweep
+
+
+_TOLD_SINCE_0_2 = ("dtype", "metadata", "word lists")
+
+
+def require_effect(
+    task: Task, samples: Sequence[Sample], plain: Sequence[str], axis: Axis = "cost"
+) -> None:
+    """Checks, before anything is tried, that the plain answers leave something to choose by.
+
+    Args:
+        task: defines effect and cost.
+        samples: the samples that were answered.
+        plain: the plain answers to them.
+        axis: what is compared besides the effect.
+
+    Raises:
+        ValueError: effect or cost of a trial is undefined whatever it answers, such as where there
+            is no false yes to lose; or as `task.trial`.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of means of nothing, which are told here
+        unchanged = task.trial(samples, plain, PLAIN, plain)
+    for name, quantity in (("effect", task.effect), (axis, task.cost)):
+        if not math.isfinite(getattr(unchanged, name)):
+            what = quantity.name if name != "off_target" else "share of other answers that change"
+            raise ValueError(
+                f"the plain answers to {len(samples)} samples leave nothing to choose by: "
+                f"'{what}' is undefined; choose on a split with more samples"
+            )
 
 
 def _require_same(directory: Path, settings: Mapping[str, Any]) -> None:
@@ -322,6 +377,8 @@ def _require_same(directory: Path, settings: Mapping[str, Any]) -> None:
         before = json.loads(path.read_text("utf-8"))
         versions.require(path, before, "sweep again")
         before = with_adapter_of(before, settings)
+        # Sweeps of earlier releases do not tell these.
+        before = {name: settings[name] for name in _TOLD_SINCE_0_2} | before
         if differ := [name for name in settings if before.get(name) != settings[name]]:
             raise ValueError(
                 f"{directory} holds a sweep with another {few(differ)}; give another output, or "
@@ -334,17 +391,26 @@ def _require_same(directory: Path, settings: Mapping[str, Any]) -> None:
 
 def _plain(
     vlm: VLM, samples: Sequence[Sample], directory: Path, **common: Any
-) -> tuple[list[Sample], list[str]]:
-    """Returns the readable samples and the plain answers to them, from the directory if there."""
+) -> tuple[list[Sample], list[str], dict[str, str]]:
+    """Returns the readable samples, the plain answers to them and why others were skipped.
+
+    They are read from the directory if they are there.
+    """
     path = directory / "plain.json"
     if path.is_file():
         given = json.loads(path.read_text("utf-8"))
     else:
-        kept, (answers,) = predict(vlm, samples, [PLAIN], **common).readable(samples)
+        predictions = predict(vlm, samples, [PLAIN], **common)
+        kept, (answers,) = predictions.readable(samples)
         given = {sample.id: answer for sample, answer in zip(kept, answers, strict=True)}
+        given |= {name: {"skipped": reason} for name, reason in predictions.errors.items()}
         atomic.write(path, json.dumps(given) + "\n")
-    kept = [sample for sample in samples if sample.id in given]
-    return kept, [given[sample.id] for sample in kept]
+    # Earlier releases left skipped samples out.
+    unknown = {"skipped": "it could not be read when the sweep began"}
+    found = [(sample, given.get(sample.id, unknown)) for sample in samples]
+    skipped = {s.id: answer["skipped"] for s, answer in found if isinstance(answer, dict)}
+    kept = [(sample, answer) for sample, answer in found if not isinstance(answer, dict)]
+    return [sample for sample, _ in kept], [answer for _, answer in kept], skipped
 
 
 def _finished(path: Path) -> dict[str, dict[str, Any]]:
@@ -376,6 +442,16 @@ def _digest(values: Any) -> str:
         array = hasattr(leaf, "shape")
         digest.update(np.asarray(leaf).tobytes() if array else repr(leaf).encode())
     return digest.hexdigest()[:16]
+
+
+def _digest_of_json(values: Any) -> str:
+    """Returns a short digest of values of JSON and sets, whatever their order."""
+
+    def ordered(value: Any) -> Any:
+        return sorted(value) if isinstance(value, set | frozenset) else str(value)
+
+    text = json.dumps(values, sort_keys=True, default=ordered)
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def _or_nan(value: float | None) -> float:

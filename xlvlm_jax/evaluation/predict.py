@@ -30,6 +30,7 @@ from xlvlm_jax.steering.sample_vectors import SampleVectors
 if TYPE_CHECKING:
     import pandas
 
+Stage = Callable[[str], Callable[..., None]]  # starts a progress bar, returns advance(done, total)
 EDITS = ("add", "add_relative", "ablate", "replace")
 
 

@@ -6,7 +6,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,12 @@ from ports import VLM
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.evaluation import hallucination, judge
 from xlvlm_jax.evaluation.baseline import read_baseline, warn_of_others
-from xlvlm_jax.evaluation.predict import PLAIN, Condition, Predictions, predict
+from xlvlm_jax.evaluation.method_sweep import require_effect
+from xlvlm_jax.evaluation.predict import PLAIN, Condition, Predictions, Stage, predict
 from xlvlm_jax.evaluation.sweep import Trial, choose, finite, names, vector_numbers
 from xlvlm_jax.evaluation.tasks import Task
-from xlvlm_jax.storage import atomic, pictures, versions
+from xlvlm_jax.storage import atomic, outputs, pictures, versions
 from xlvlm_jax.storage.same_model import adapter_of, checkpoint_of
-
-Stage = Callable[[str], Callable[..., None]]
 
 
 def evaluate(
@@ -60,11 +59,14 @@ def evaluate(
         The content of summary.json.
 
     Raises:
-        ValueError: words do not occur in the data set, no image can be read, or as `predict`.
-            Nothing is written.
-        OSError: the directory can't be written.
+        ValueError: words do not occur in the data set, no image can be read, a condition is called
+            "plain", or as `predict`. Nothing is written.
+        OSError: the directory can't be written; found before anything is answered.
     """
     task.require(samples)
+    if "plain" in (conditions or {}):
+        raise ValueError("a condition is called 'plain', as the unsteered model is; rename it")
+    outputs.require_writable(Path(output))
     conditions = {"plain": PLAIN, **(conditions or {})}
     made_with = {**adapter_of(vlm), "dtype": vlm.dtype.name}
     new_tokens = task.max_new_tokens if max_new_tokens is None else max_new_tokens
@@ -145,8 +147,14 @@ def evaluate(
 def _paired(
     task: Task, samples: Sequence[Sample], given: Mapping[str, Sequence[str]]
 ) -> dict[str, Any]:
-    """Returns {"paired": tests of the conditions against the plain model and the instruction}."""
-    judged = {name: task.judged(samples, answers) for name, answers in given.items()}
+    """Returns {"paired": tests of the conditions against the plain model and the instruction}.
+
+    Copies of a question, such as those that the files of POPE share, are one observation.
+    """
+    once = {(sample.image, sample.prompt): i for i, sample in reversed([*enumerate(samples)])}
+    places = sorted(once.values())
+    asked = [samples[i] for i in places]
+    judged = {name: task.judged(asked, [each[i] for i in places]) for name, each in given.items()}
     tests = hallucination.paired_tests(judged, ("plain", "instruction"))
     return {"paired": tests} if tests else {}
 
@@ -174,22 +182,36 @@ def select(
     Raises:
         ValueError: as `evaluate` and `choose`.
     """
+    options: dict[str, Any] = {"batch_size": batch_size, "strict": strict, "stage": stage}
+    trials, _ = _try(vlm, samples, task, conditions, max_new_tokens=max_new_tokens, **options)
+    return choose(trials, task.wanted, task.max_cost), trials
+
+
+def _try(
+    vlm: VLM,
+    samples: Sequence[Sample],
+    task: Task,
+    conditions: Sequence[Condition],
+    *,
+    max_new_tokens: int | None = None,
+    stage: Stage | None = None,
+    **options: Any,
+) -> tuple[list[Trial], dict[str, str]]:
+    """Returns the trials of conditions, and why samples were skipped."""
     task.require_trial(samples)
-    predictions = predict(
-        vlm,
-        samples,
-        [PLAIN, *conditions],
-        max_new_tokens=task.max_new_tokens if max_new_tokens is None else max_new_tokens,
-        batch_size=batch_size,
-        strict=strict,
-        progress=None if stage is None else stage("trying"),
-    )
-    kept, (plain, *answers) = predictions.readable(samples)
+    options["max_new_tokens"] = task.max_new_tokens if max_new_tokens is None else max_new_tokens
+    plain = predict(vlm, samples, [PLAIN], **options)
+    kept, (unsteered,) = plain.readable(samples)
+    require_effect(task, kept, unsteered)
+    progress = None if stage is None else stage("trying")
+    steered = predict(vlm, kept, conditions, progress=progress, **options)
+    read, answers = steered.readable(kept)
+    before = [text for s, text in zip(kept, unsteered, strict=True) if s.id not in steered.errors]
     trials = [
-        task.trial(kept, plain, condition, given)
+        task.trial(read, before, condition, given)
         for condition, given in zip(conditions, answers, strict=True)
     ]
-    return choose(trials, task.wanted, task.max_cost), trials
+    return trials, plain.errors | steered.errors
 
 
 def evaluate_steering(
@@ -225,8 +247,11 @@ def evaluate_steering(
     """
     sweep = None
     if others:
-        best, trials = select(vlm, others, task, conditions, **options)
-        sweep = describe_sweep(best, trials, task, split=split, samples=len(others))
+        trials, skipped = _try(vlm, others, task, conditions, **options)
+        best = choose(trials, task.wanted, task.max_cost)
+        told: dict[str, Any] = {"split": split, "samples": len(others) - len(skipped)}
+        told |= {"unreadable": skipped} if skipped else {}
+        sweep = describe_sweep(best, trials, task, **told)
         conditions = [best.condition]
     named = dict(zip(names(conditions), conditions, strict=True))
     if instruction is not None:

@@ -11,6 +11,7 @@ require_trial   checks, before anything is computed, that `trial` can compare co
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,7 +23,7 @@ from xlvlm_jax.evaluation import caption_effects as caption_changes
 from xlvlm_jax.evaluation.predict import Condition
 from xlvlm_jax.evaluation.safety import deference_figures
 from xlvlm_jax.evaluation.sweep import Quantity, Trial, finite
-from xlvlm_jax.metrics.captions import caption_scores, count_words, require_scorable
+from xlvlm_jax.metrics.captions import caption_scores, cider, count_words, require_scorable
 from xlvlm_jax.metrics.captions import describe as describe_captions
 from xlvlm_jax.metrics.pope import PROTOCOLS as POPE_PROTOCOLS
 from xlvlm_jax.metrics.pope import read_answer
@@ -199,6 +200,12 @@ class Questions:
         return Trial(condition, changes.moved_share, cost, changes.others_changed_share)
 
 
+@functools.lru_cache(2)
+def _cider(captions: tuple[str, ...], references: tuple[tuple[str, ...], ...]) -> float:
+    """Returns the mean CIDEr; that of the plain captions is kept from trial to trial."""
+    return cider(captions, references)
+
+
 @dataclasses.dataclass(frozen=True)
 class Captions:
     """Captions and other free texts, steered towards words of a class.
@@ -289,8 +296,9 @@ class Captions:
         if self.words:
             changes = caption_changes.caption_changes(plain, answers, self.words)
             measured["changes"] = {**changes._asdict(), "gain": changes.gain}
-            wanted = {word: said[word] for word in said if count_words([word], self.words)[0]}
-            measured["class words"] = dict(list(wanted.items())[:NUM_COUNTED])
+            measured["class words"] = dict(
+                caption_changes.count_each(answers, self.words).most_common(NUM_COUNTED)
+            )
         return measured
 
     def judged(self, samples: Sequence[Sample], answers: Sequence[str]) -> dict[str, list[bool]]:
@@ -325,10 +333,8 @@ class Captions:
             ValueError: the samples have no references, there are no words, or as for `measure`.
         """
         self.require_trial(samples)
-        references = [sample.references for sample in samples]
-        before, after = (
-            caption_scores(texts, references).values["CIDEr"] for texts in (plain, answers)
-        )
+        references = tuple(tuple(sample.references) for sample in samples)
+        before, after = (_cider(tuple(texts), references) for texts in (plain, answers))
         changes = caption_changes.caption_changes(plain, answers, self.words)
         cost = 1 - after / before if before else math.nan
         return Trial(condition, changes.gain, cost, changes.changed / changes.samples)

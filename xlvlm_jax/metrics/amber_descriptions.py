@@ -241,6 +241,17 @@ def nltk_nouns(text: str) -> list[str]:
 
 
 @functools.cache
+def can_read_officially() -> bool:
+    """Returns whether the official protocol can run: nltk and spaCy are there, with their data."""
+    try:
+        nltk_nouns("A dog.")
+        spacy_alike()
+    except (ModuleNotFoundError, ValueError):
+        return False
+    return True
+
+
+@functools.cache
 def spacy_alike() -> Callable[[str, str], bool]:
     """Returns what says whether two words are alike to the official script, by spaCy's vectors.
 

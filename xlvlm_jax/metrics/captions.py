@@ -7,7 +7,7 @@ words of `caption_words`. Its METEOR and SPICE are Java programs, and only run i
 import importlib.util
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,11 +56,8 @@ def caption_scores(
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
-    given = {i: [" ".join(caption_words(caption))] for i, caption in enumerate(captions)}
-    people = {
-        i: [" ".join(caption_words(text)) for text in texts] for i, texts in enumerate(references)
-    }
-    mean, cider = Cider().compute_score(people, given)
+    given, people = _for_package(captions, references)
+    mean, each = Cider().compute_score(people, given)
     bleu = Bleu(4).compute_score(people, given, verbose=0)[0]
     values = {"CIDEr": mean, **{f"BLEU-{n}": value for n, value in enumerate(bleu, start=1)}}
     values["ROUGE-L"] = Rouge().compute_score(people, given)[0]
@@ -74,7 +71,34 @@ def caption_scores(
                 reason = f"its Java program failed ({type(error).__name__})"
         if reason is not None:
             left_out[name] = reason
-    return CaptionScores({k: float(v) for k, v in values.items()}, np.asarray(cider), left_out)
+    return CaptionScores({k: float(v) for k, v in values.items()}, np.asarray(each), left_out)
+
+
+def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Returns the mean CIDEr of captions alone, see `caption_scores`.
+
+    Args:
+        captions: one per image.
+        references: human captions of each image.
+
+    Raises:
+        ValueError: an image has no references, or pycocoevalcap is not installed.
+    """
+    require_scorable(references)
+    from pycocoevalcap.cider.cider import Cider
+
+    return float(Cider().compute_score(*reversed(_for_package(captions, references)))[0])
+
+
+def _for_package(
+    captions: Sequence[str], references: Sequence[Sequence[str]]
+) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
+    """Returns captions and references as pycocoevalcap takes them, split into words."""
+    given = {i: [" ".join(caption_words(caption))] for i, caption in enumerate(captions)}
+    people = {
+        i: [" ".join(caption_words(text)) for text in texts] for i, texts in enumerate(references)
+    }
+    return given, people
 
 
 def require_scorable(references: Sequence[Sequence[str]]) -> None:
@@ -154,17 +178,29 @@ def count_words(captions: Iterable[str], words: Iterable[str]) -> Int[np.ndarray
     Raises:
         ValueError: there are no words.
     """
-    phrases = _phrases(words)
-    lengths = {len(phrase) for phrase in phrases}
-    counts = []
-    for caption in captions:
-        said = caption_words(caption)
-        grams = (tuple(said[i : i + n]) for n in lengths for i in range(len(said) - n + 1))
-        counts.append(sum(gram in phrases for gram in grams))
-    return np.array(counts, int)
+    phrases = phrases_of(words)
+    return np.array([sum(1 for _ in occurrences(text, phrases)) for text in captions], int)
 
 
-def _phrases(words: Iterable[str]) -> set[tuple[str, ...]]:
+def occurrences(caption: str, phrases: Set[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
+    """Yields each occurrence of phrases in a caption.
+
+    Args:
+        caption: a text.
+        phrases: what `phrases_of` returns.
+    """
+    said = caption_words(caption)
+    for n in {len(phrase) for phrase in phrases}:
+        grams = (tuple(said[i : i + n]) for i in range(len(said) - n + 1))
+        yield from (gram for gram in grams if gram in phrases)
+
+
+def phrases_of(words: Iterable[str]) -> set[tuple[str, ...]]:
+    """Returns words or phrases as `caption_words` splits them.
+
+    Raises:
+        ValueError: there are no words.
+    """
     phrases = {tuple(caption_words(word)) for word in words} - {()}
     if not phrases:
         raise ValueError("there are no words to look for in captions; name some, or a class")

@@ -69,7 +69,11 @@ for (const table of document.querySelectorAll("table.scores")) {
     button.type = "button";
     button.append(...head.childNodes);
     head.append(button);
-    const valueOf = (row) => row.cells[column].textContent.match(/-?\d+(\.\d+)?/)?.[0];
+    // Numbers as `report.numbers` writes them: 1.2e-04, 12\u202f345.
+    const valueOf = (row) =>
+      row.cells[column].textContent
+        .replace(/(?<=\d)\u202f(?=\d)/g, "")
+        .match(/-?\d+(\.\d+)?(e[-+]?\d+)?/)?.[0];
     button.addEventListener("click", () => {
       const turn = { "": best, [best]: -best, [-best]: "" }[head.dataset.sign ?? ""];
       for (const other of heads) {

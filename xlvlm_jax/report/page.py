@@ -109,6 +109,10 @@ def _render(
         ]
     other, pairs = None, []
     if beside is not None:
+        if not sections:
+            raise ValueError(
+                f"{run} has no features and concepts to show another run's beside; omit --beside"
+            )
         other = read_other(beside, images, num_concepts)
         pairs = pair_sections(sections, other.sections)
     settings, scores = _read_json(run / "run.json"), _read_json(run / "scores.json")
@@ -286,7 +290,7 @@ def _settings(
 ) -> Iterator[Group]:
     yield from _groups("Run", settings)
     if features is not None:
-        yield Group("Extraction", list(_rows(features.manifest)))
+        yield Group("Extraction", list(_rows(_without_folders(features.manifest))))
     for section in sections:
         concepts = section.concepts
         solver = {
@@ -303,6 +307,15 @@ def _settings(
     yield from _groups(
         "Scores", {k: v for k, v in scores.items() if k not in ("version", "attributes", *SCORES)}
     )
+
+
+def _without_folders(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a manifest with the names of steering vectors instead of paths on this machine."""
+    steering = manifest.get("steering")
+    if not isinstance(steering, Mapping) or "vectors" not in steering:
+        return dict(manifest)
+    names = [Path(path).name for path in steering["vectors"]]
+    return {**manifest, "steering": {**steering, "vectors": names}}
 
 
 def _groups(title: str, values: Mapping[str, Any]) -> Iterator[Group]:

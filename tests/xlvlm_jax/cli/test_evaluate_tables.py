@@ -70,7 +70,8 @@ def test_hallucination_of_pope(evaluate, pictures):
         for i, label in enumerate(("yes", "no"), start=1)
     ]
     (pictures / "coco_pope_random.json").write_text("\n".join(map(json.dumps, lines)))
-    out, measured = evaluate("pope", {"1": "Yes.", "2": "I do not know"})
+    told = {"1": "Yes.", "2": "I do not know"}
+    out, measured = evaluate("pope", told, "--split", "random")
     assert measured["POPE"]["xl-vlms"] == {"accuracy": 1, "f1": 1}
     assert "plain, xl-vlms 100.00 100.00" in out
 

@@ -129,6 +129,64 @@ def test_options_without_effect(xlvlm, run, tmp_path, name, option):
     assert status == 2 and f"{option} has no effect without --methods; omit it" in errors
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            ("decompose", "features", "--dictionary", "sae", "--seed", 1, "--output", "new"),
+            "--seed has no effect with --dictionary, which is not learnt",
+        ),
+        (
+            ("explain", "concepts", "0", "--prompt", "Why?"),
+            "--prompt has no effect without --concepts, as no model is run",
+        ),
+        (
+            *(("extract", "embedded", "scenes", "--site", "layers.3", "--tokens", "all"),),
+            "--any-case has no effect without --containing",
+        ),
+        (
+            ("finetune", "embedded", "scenes", "--output", "new", "--evaluate-every", 3),
+            "--evaluate-every has no effect without --evaluation-split",
+        ),
+        (
+            ("finetune", "embedded", "scenes", "--output", "new", "--method", "full", "--rank", 3),
+            "--rank has no effect with --method full",
+        ),
+        (
+            ("map", "embedded", "--concepts", "concepts", "--prompt", "Why?"),
+            "--prompt has no effect without pictures",
+        ),
+        (
+            ("export-pth", "concepts", "--output", "new.pth", "--site", SITE),
+            "--site has no effect on concepts, which are of one site",
+        ),
+        (
+            ("evaluate", "embedded", ".", "--dataset", "mmsb", "--java", "--output", "new"),
+            "--java has no effect on answers without references",
+        ),
+        (
+            ("extract", "embedded", ".", "--dataset", "mmsb", "--annotations", "a.json"),
+            "--annotations does not belong to --dataset mmsb; omit it",
+        ),
+        (("inspect", "embedded", "--image-size", "0x0"), "'0x0'; expected WIDTHxHEIGHT"),
+        (("inspect", "embedded", "--batch-size", 0), "--batch-size must be at least 1, got 0"),
+    ],
+    ids=str,
+)
+def test_options_without_effect_on_other_commands(xlvlm, run, monkeypatch, command, message):
+    """They were ignored, or ended in a traceback."""
+    monkeypatch.chdir(run)
+    if command[0] == "extract":
+        command = (*command, "--output", "new")
+        if "--tokens" not in command:
+            command = (*command, "--site", "layers.3", "--tokens", "all")
+        else:
+            command = (*command, "--any-case")
+    status, _, errors = xlvlm(*command)
+    assert status == 2 and message in " ".join(errors.split())
+    assert len(errors.strip().splitlines()) == 1 and not (run / "new").exists()
+
+
 def test_a_dry_run_writes_nothing_and_is_not_refused(xlvlm, run, tmp_path):
     (tmp_path / "mine").touch()
     again = ("decompose", run / "features", "--num-concepts", 2, "--output", tmp_path)

@@ -128,3 +128,14 @@ def test_messages():
         evaluation.vqa_scores([], ["a"])
     with pytest.raises(ValueError, match="sample 3 has no answers"):
         evaluation.vqa_scores([asked(3, [], "other")], ["a"])
+
+
+def test_too_few_answers_are_told(recwarn):
+    evaluation.vqa_scores([asked(0, ["cat"] * 4, "other")], ["cat"])
+    assert not recwarn.list
+    for count, official in ((1, 0), (2, 1 / 3), (3, 2 / 3)):
+        samples = [asked(0, ["cat"] * count, "other")]
+        with pytest.warns(UserWarning, match=f"a question has {count} answer"):
+            assert evaluation.vqa_scores(samples, ["cat"])["all"].official == pytest.approx(
+                official
+            )

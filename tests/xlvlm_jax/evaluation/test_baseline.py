@@ -29,7 +29,8 @@ def test_pictures_that_the_earlier_run_could_not_read(tmp_path):
     (tmp_path / "predictions.jsonl").write_text('{"id": "7", "predictions": {"plain": "a"}}')
     summary = {"version": versions.VERSION, "unreadable": {"8": "gone"}}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
-    assert read_baseline(tmp_path, SAMPLES) == ["a", None]
+    for named in (tmp_path, tmp_path / "predictions.jsonl"):
+        assert read_baseline(named, SAMPLES) == ["a", None]
     (tmp_path / "summary.json").write_text(json.dumps({**summary, "unreadable": {}}))
     with pytest.raises(ValueError, match="has no answer to sample '8'"):
         read_baseline(tmp_path, SAMPLES)
@@ -43,8 +44,11 @@ def test_other_settings_are_told(tmp_path, recwarn):
         warn_of_others(tmp_path, SAMPLES, model="n", max_new_tokens=10)
     (tmp_path / "predictions.jsonl").write_text(json.dumps({**line, "prompt": "?"}))
     warn_of_others(tmp_path, SAMPLES, model=None, max_new_tokens=10)
-    warn_of_others(tmp_path / "predictions.jsonl", SAMPLES, model="n")
+    warn_of_others(tmp_path / "other.json", SAMPLES, model="n")
     assert not recwarn.list
+    # The file of a run is the run.
+    with pytest.warns(UserWarning, match="model 'm' instead of 'n'"):
+        warn_of_others(tmp_path / "predictions.jsonl", SAMPLES, model="n")
 
 
 def test_questions_that_share_an_id_are_not_mixed_up(tmp_path):

@@ -6,6 +6,8 @@ import pytest
 
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.evaluation import PLAIN, Captions, caption_changes, count_said, count_valid
+from xlvlm_jax.evaluation.caption_effects import count_each
+from xlvlm_jax.metrics.captions import count_words
 
 
 def test_changes_by_hand():
@@ -65,3 +67,11 @@ def test_messages():
         caption_changes(["a"], ["a", "b"], ["a"])
     with pytest.raises(ValueError, match="no words to look for"):
         caption_changes(["a"], ["a"], [])
+
+
+def test_phrases_are_counted_as_words_are():
+    """A phrase was left out of the class words."""
+    captions = ["A traffic light, a Dog", "traffic light by a traffic-light", "no lights"]
+    found = count_each(captions, ["traffic light", "dog", "cat"])
+    assert found == {"traffic light": 2, "dog": 1}
+    assert sum(found.values()) == count_words(captions, ["traffic light", "dog", "cat"]).sum()

@@ -1,5 +1,6 @@
 """The hallucination bench: scores, paired tests and trials by hand, and what is refused."""
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from xlvlm_jax.evaluation import (
     Presence,
     Questions,
     hallucination,
+    stage,
 )
 
 
@@ -129,6 +131,24 @@ def test_paired_tests_by_hand():
     assert by["plain", "a", "POPE, plain"] == (1, 2)
     assert by["plain", "instruction", "answers"] == (0, 0)
     assert hallucination.paired_tests({"plain": judged["plain"]}, ("plain",)) == []
+
+
+def test_copies_of_a_question_are_one_observation():
+    """POPE's split `all` holds each question whose label is yes three times."""
+    yes = [question(1, "yes", kind) for kind in ("random", "popular", "adversarial")]
+    samples = [*yes, dataclasses.replace(question(1, "no"), prompt="??")]
+    given = {"plain": ["no"] * 4, "steered": ["yes", "yes", "yes", "no"]}
+    tests = stage._paired(Presence(), samples, given)["paired"]
+    (found,) = (test for test in tests if test["what"] == "answers")
+    assert (found["lost"], found["gained"], found["p_value"]) == (0, 1, 1)
+
+
+def test_the_rest_may_be_unreadable():
+    """Then its accuracy is undefined, and the others are still measured."""
+    samples = [question(1, "no"), question(2, "no")]
+    measured = Presence().measure(samples, ["yes", "no"], ["yes", "no"])
+    assert measured["rest"] == {"accuracy": None, "interval": [None, None], "count": 0}
+    assert measured["false yes"] == {"count": 1, "of": 2}
 
 
 def test_questions_of_amber_have_their_own_score():

@@ -11,7 +11,8 @@ import pytest
 
 from xlvlm_jax import SteeringVector, evaluation
 from xlvlm_jax.demo import embedded
-from xlvlm_jax.evaluation import Condition, Questions, Sweep, Trial
+from xlvlm_jax.evaluation import Condition, Questions, Sweep, Trial, method_sweep, stage
+from xlvlm_jax.evaluation.predict import Predictions
 from xlvlm_jax.report.steering_figures import plot_tradeoff
 
 VECTOR = SteeringVector(np.ones(4, np.float32), "model.layers.3", where={"from": 2})
@@ -111,7 +112,9 @@ def test_a_killed_sweep_resumes(vlm, questions, tried, tmp_path, encoded):
     before = len(encoded)
     assert run() == sweep and len(encoded) == before
     assert {path.name: path.read_bytes() for path in (tmp_path / "s").iterdir()} == files
-    with pytest.raises(ValueError, match="holds a sweep with another samples; give another output"):
+    with pytest.raises(
+        ValueError, match=r"holds a sweep with another samples.*; give another output"
+    ):
         evaluation.run_sweep(vlm, questions[:23], TASK, tried, tmp_path / "s", **options)
     with pytest.raises(ValueError, match="holds a sweep with another task"):
         evaluation.run_sweep(
@@ -120,6 +123,72 @@ def test_a_killed_sweep_resumes(vlm, questions, tried, tmp_path, encoded):
     adapted = vlm.with_adapter(embedded.find_adapter("color"))
     with pytest.raises(ValueError, match="holds a sweep with another adapter"):
         evaluation.run_sweep(adapted, asked, TASK, tried, tmp_path / "s", **options)
+
+
+@pytest.fixture
+def answering(monkeypatch):
+    """Returns a function that makes `predict` give an answer, and fail for some samples."""
+
+    def set_to(answer, failing=()):
+        def predict(vlm, samples, conditions, **_):
+            errors = {s.id: "gone" for s in samples if s.id in failing}
+            given = [None if s.id in errors else answer for s in samples[:-1]] + ["red"]
+            calls.append(conditions)
+            return Predictions([given for _ in conditions], errors)
+
+        calls = []
+        monkeypatch.setattr(method_sweep, "predict", predict)
+        monkeypatch.setattr(stage, "predict", predict)
+        return calls
+
+    return set_to
+
+
+def test_a_picture_that_fails_during_trials_is_no_empty_answer(
+    vlm, questions, tried, tmp_path, answering
+):
+    asked = questions[:24]
+    answering("yes", failing=[asked[0].id])
+    sweep = evaluation.run_sweep(vlm, asked, TASK, tried[:1], tmp_path)
+    assert dict(sweep.skipped) == {asked[0].id: "gone"}
+    assert sweep.describe(TASK)["unreadable"] == {asked[0].id: "gone"}
+    before = (tmp_path / "trials.jsonl").read_text()
+    answering("no", failing=[asked[1].id])
+    with pytest.raises(ValueError, match=rf"sample {asked[1].id} was answered by the plain model"):
+        evaluation.run_sweep(vlm, asked, TASK, tried, tmp_path)
+    assert (tmp_path / "trials.jsonl").read_text() == before
+    answering("no")  # what was skipped stays so
+    sweep = evaluation.run_sweep(vlm, asked, TASK, tried, tmp_path)
+    assert [t.effect for t in sweep.trials] == [0, 1, 1, 1] and list(sweep.skipped) == [asked[0].id]
+
+
+def test_a_sweep_of_other_numbers_or_contents_is_not_resumed(
+    vlm, questions, tried, tmp_path, answering
+):
+    answering("yes")
+    asked = questions[:24]
+    evaluation.run_sweep(vlm, asked, TASK, tried[:1], tmp_path)
+    others = [dataclasses.replace(s, metadata={**s.metadata, "objects": {"dog"}}) for s in asked]
+    with pytest.raises(ValueError, match="holds a sweep with another metadata"):
+        evaluation.run_sweep(vlm, others, TASK, tried[:1], tmp_path)
+    settings = json.loads((tmp_path / "sweep.json").read_text())
+    (tmp_path / "sweep.json").write_text(json.dumps(settings | {"dtype": "bfloat16"}))
+    with pytest.raises(ValueError, match="holds a sweep with another dtype"):
+        evaluation.run_sweep(vlm, asked, TASK, tried[:1], tmp_path)
+    earlier = {k: v for k, v in settings.items() if k not in ("dtype", "metadata", "word lists")}
+    (tmp_path / "sweep.json").write_text(json.dumps(earlier))  # of an earlier release
+    evaluation.run_sweep(vlm, asked, TASK, tried[:1], tmp_path)
+
+
+def test_nothing_is_tried_where_nothing_can_be_chosen(vlm, questions, tried, tmp_path, answering):
+    calls = answering("no")  # no answer to steer from
+    with pytest.raises(ValueError, match="leave nothing to choose by: 'source answers moved' is"):
+        evaluation.run_sweep(vlm, questions[:24], TASK, tried, tmp_path)
+    with pytest.raises(ValueError, match="leave nothing to choose by"):
+        evaluation.select(vlm, questions[:24], TASK, [tried[0].condition])
+    assert calls == [[evaluation.PLAIN]] * 2
+    undefined = Sweep(("coarse",), (trial(1, math.nan, 0.1),))
+    assert "coarse,model.layers.3,1,add,1," in undefined.to_csv()
 
 
 @pytest.mark.wrong_types

@@ -135,6 +135,15 @@ def test_a_damaged_evaluation_is_named(run, tmp_path):
         write_report(tmp_path)
 
 
+def test_an_output_that_cannot_be_written_is_found_before_answers(vlm, asked, tmp_path):
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(FileExistsError, match="file is a file; expected a directory"):
+            evaluation.evaluate(vlm, asked, TASK, output, batch_size=0)
+    with pytest.raises(ValueError, match="a condition is called 'plain', as the unsteered model"):
+        evaluation.evaluate(vlm, asked, TASK, tmp_path, {"plain": Condition()}, batch_size=0)
+
+
 def test_captions_are_scored_and_compared(vlm, pictures, vector, tmp_path):
     pytest.importorskip("pycocoevalcap")
     samples = data.load("coco", pictures, "train")

@@ -60,3 +60,14 @@ def test_attributes_have_one_value_per_sample():
         attribute_scores(activations, {"mood": ["happy", "sad"]})
     with pytest.raises(ValueError, match="attribute 'mood' is unknown for all samples; omit it"):
         attribute_scores(activations, {"mood": [None] * 3})
+
+
+def test_samples_without_a_concept_are_a_class_of_their_own():
+    """They counted as the first concept."""
+    activations = np.float32([[0, 0], [0, 0], [1, 0], [2, 0], [0, 1], [0, 3]])
+    values = ["none", "none", "a", "a", "b", "b"]
+    score = attribute_scores(activations, {"kind": values})["kind"]
+    assert score.nmi == pytest.approx(1)
+    expected = normalized_mutual_info_score(["x", "x", "x", "x", "y", "y"], [2, 2, 0, 0, 1, 1])
+    other = attribute_scores(activations, {"kind": ["x", "x", "x", "x", "y", "y"]})["kind"]
+    assert other.nmi == pytest.approx(expected)
