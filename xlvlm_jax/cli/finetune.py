@@ -134,8 +134,7 @@ def finetune(
     told: Any = dict(prompt=prompt, annotations=annotations, questions=questions)
 
     def read(split: str | None, count: int | None) -> list[Any]:
-        names = dataset.split(",")
-        samples = [s for name in names for s in read_samples(name, data, split, **told)]
+        samples = [s for n in dataset.split(",") for s in read_samples(n, data, split, **told)]
         if containing is not None or excluding is not None:
             samples = select.naming(
                 samples, _words(containing), without=_words(excluding), any_case=any_case
