@@ -86,7 +86,7 @@ def import_pth(
         network = import_l2s(file, chosen, context_site=context_site, **meant)
         network.save(output)
         console.print(f"{network!r} -> {output}")
-    elif kind == "vectors of samples":
+    elif sample_ids is not None:
         refuse_existing(output, overwrite)
         chosen = _only(site, "--site names the module that the vectors steer")
         vectors = import_sample_vectors(file, chosen, read_ids(sample_ids), key=key, **meant)
