@@ -1,5 +1,6 @@
 """Scores and counts answers to questions, and compares them before and after steering."""
 
+import functools
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -71,7 +72,7 @@ def vqa_scores(
     for sample, prediction in zip(samples, predictions, strict=True):
         if not sample.references:
             raise ValueError(f"sample {sample.id} has no answers; evaluate on questions")
-        each = [vqa_accuracy(prediction, sample.references, protocol) for protocol in PROTOCOLS]
+        each = list(_accuracies(prediction, tuple(sample.references)))
         for name in ("all", sample.metadata.get("answer_type")):
             if name is not None:
                 found[name].append(each)
@@ -86,6 +87,12 @@ def vqa_scores(
     if without is not None and others:
         scores[f"{MEAN_WITHOUT}{without}"] = _mean(others)
     return scores
+
+
+@functools.lru_cache(2**16)
+def _accuracies(prediction: str, references: tuple[str, ...]) -> tuple[float, ...]:
+    """Returns the accuracy by each protocol; kept, as trials of a sweep repeat most answers."""
+    return tuple(vqa_accuracy(prediction, references, protocol) for protocol in PROTOCOLS)
 
 
 def require_type(samples: Sequence[Sample], name: str) -> None:
@@ -124,9 +131,7 @@ def question_type_scores(
     found: dict[str, list[list[float]]] = defaultdict(list)
     for sample, prediction in zip(samples, predictions, strict=True):
         if (kind := sample.metadata.get("question_type")) is not None:
-            found[kind].append(
-                [vqa_accuracy(prediction, sample.references, each) for each in PROTOCOLS]
-            )
+            found[kind].append(list(_accuracies(prediction, tuple(sample.references))))
     ordered = sorted(found.items(), key=lambda item: -len(item[1]))
     return {
         kind: Accuracy(*np.mean(rows, axis=0).tolist(), count=len(rows)) for kind, rows in ordered
