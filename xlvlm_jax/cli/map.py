@@ -118,8 +118,7 @@ def map_(
     learnt = None if concepts is None else Concepts.load(concepts)
     names = distinct_ends([path.with_suffix("") for path in vector or ()])
     loaded = {n: SteeringVector.load(path) for n, path in zip(names, vector or (), strict=True)}
-    kind = dtype or dtype_of(None, _features_of(learnt))
-    vlm = load_model(model, kind, adapter=adapter)
+    vlm = load_model(model, dtype or dtype_of(None, _features_of(learnt)), adapter=adapter)
     for each in loaded.values():
         files.require_fitted_model(each.source, vlm)
     found = map_pictures(
