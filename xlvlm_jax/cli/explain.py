@@ -77,14 +77,8 @@ def explain(
         if output.suffix not in (".html", ".png", ".svg", ".pdf"):
             raise ValueError(f"{output}: expected a file ending in .html, .png, .svg or .pdf")
         refuse_existing(output, overwrite, directory=False)
-    if concepts is None and not Path(model).is_dir():
-        raise ValueError(
-            f"{model} is not a directory of concepts; name one, or give the concepts of the model "
-            "with --concepts"
-        )
     if concepts is None:
-        running = ("prompt", "adapter", "dtype", "max_new_tokens")
-        refuse_given(context, running, "without --concepts, as no model is run")
+        _require_concepts(context, model)
     directory = Path(model) if concepts is None else concepts
     require_counts(num_concepts=num_concepts, max_new_tokens=max_new_tokens)
     learnt = Concepts.load(directory)
@@ -129,6 +123,17 @@ def explain(
         else:
             plot_sample(explained, output)
         console.print(f"-> {output}")
+
+
+def _require_concepts(context: typer.Context, model: str) -> None:
+    """Checks that MODEL is a directory of concepts, and that no option of a model is given."""
+    if not Path(model).is_dir():
+        raise ValueError(
+            f"{model} is not a directory of concepts; name one, or give the concepts of the model "
+            "with --concepts"
+        )
+    running = ("prompt", "adapter", "dtype", "max_new_tokens")
+    refuse_given(context, running, "without --concepts, as no model is run")
 
 
 def _facts(model: str, learnt: "Concepts", concepts: Path | None) -> list[tuple[str, str]]:

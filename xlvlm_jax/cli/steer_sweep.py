@@ -159,13 +159,7 @@ def sweep(
 
     runtime.resumes()
     _check_options(context)
-    if overwrite or not (output / "sweep.json").is_file():
-        refuse_existing(output, overwrite, directory=True)
-    if overwrite:
-        read = [path for path in (features, data, *(vector or ())) if path is not None]
-        outputs.require_replaceable(output, _WRITTEN, read, "files of a sweep")
-    if features is None and not vector:
-        raise ValueError("there is nothing to try; give --features to fit methods on, or --vector")
+    _require_place(output, overwrite, [features, data, *(vector or ())])
     wheres = [None] if where is None else [parse_where(text) for text in where]
     fitted: list[tuple[str, Any]] = []
     words_fitted = (fit_source or source, fit_target or target)
@@ -173,8 +167,6 @@ def sweep(
         fitted += _fit(features, method or ["coarse"], site, words_fitted, key, seed)
     files = [file for path in vector or () for file in _files(path)]
     fitted += (loaded := _load(files))
-    if taken := {"plain", "instruction"} & {name for name, _ in fitted}:
-        raise ValueError(f"a vector is called {min(taken)!r}, as an unsteered condition is; rename")
     of_vectors = [one for _, one in fitted if key == "prediction"]
     dataset_name = dataset_of(task, dataset)
     measured = parse_task(
@@ -222,12 +214,27 @@ def sweep(
     finish(summary, output)
 
 
+def _require_place(output: Path, overwrite: bool, read: Sequence[Path | None]) -> None:
+    """Checks that the output can be written: new, a sweep to resume, or one to replace if asked.
+
+    Raises:
+        OSError: it can't, or a directory to replace holds more than a sweep, or what is read.
+    """
+    if overwrite or not (output / "sweep.json").is_file():
+        refuse_existing(output, overwrite, directory=True)
+    if overwrite:
+        inputs = [path for path in read if path is not None]
+        outputs.require_replaceable(output, _WRITTEN, inputs, "files of a sweep")
+
+
 def _check_options(context: typer.Context) -> None:
     """Checks, before anything is fitted, counts and options that have no effect."""
     given = context.params
     counts = ("max_new_tokens", "batch_size", "num_samples", "at_once")
     require_counts(**{name: given[name] for name in counts})
-    if given["features"] is None and given["vector"]:
+    if given["features"] is None and not given["vector"]:
+        raise ValueError("there is nothing to try; give --features to fit methods on, or --vector")
+    if given["features"] is None:
         of_fits = ("method", "site", "fit_source", "fit_target")
         refuse_given(context, of_fits, "without --features")
     if given["split"] is None:
@@ -295,7 +302,13 @@ def _load(files: Sequence[Path]) -> list[tuple[str, Any]]:
     from xlvlm_jax import steering
 
     loaded = [(file, steering.load(file)) for file in files]
-    return [(str(one.source.get("method", file.stem)), one) for file, one in loaded]
+    named = [(str(one.source.get("method", file.stem)), one) for file, one in loaded]
+    for name, _ in named:
+        if name in ("plain", "instruction"):
+            raise ValueError(
+                f"a vector is called {name!r}, as an unsteered condition is; rename it"
+            )
+    return named
 
 
 def _save_best(found: Any, directory: Path) -> dict[str, Any]:
