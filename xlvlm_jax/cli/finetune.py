@@ -91,7 +91,9 @@ def finetune(
         int | None,
         typer.Option(help="Steps between evaluations. Default: only before and after training."),
     ] = None,
-    save_every: Annotated[int, typer.Option(help="Steps between saved training states.")] = 100,
+    save_every: Annotated[
+        int, typer.Option(help="Steps between saved training states, rounded up to tens.")
+    ] = 100,
     dtype: Dtype = "float32",
     strict: Strict = False,
     recompute: Annotated[

@@ -121,7 +121,7 @@ class L2S:
         """
         files.require_fitted_model(self.source, vlm)
         states = vlm.states(inputs, sites=[self.context_site])[self.context_site]
-        shifts = self.shift(last_states(states, np.asarray(inputs["attention_mask"])))
+        shifts = np.asarray(self.shift(last_states(states, np.asarray(inputs["attention_mask"]))))
         return {self.site: add(shifts, alpha, self.where if where is None else where)}
 
     def save(self, path: str | Path) -> None:
@@ -385,7 +385,7 @@ def fit_network(
             f"contexts and shifts have shapes {contexts.shape} and {shifts.shape}; expected "
             "[N, D] and [N, D] with three rows or more: one to hold out and two to train on"
         )
-    _require_options(validation, epochs, hidden, rows_per_step, patience)
+    _require_options(hidden, validation, epochs, rate, rows_per_step, patience)
     for what, rows in (("contexts", contexts), ("shifts", shifts)):
         if not np.isfinite(rows).all():
             raise FloatingPointError(f"the {what} have entries that are not finite")
@@ -437,12 +437,22 @@ def fit_network(
 
 
 def _require_options(
-    validation: float, epochs: int, hidden: int, rows_per_step: int, patience: int
+    hidden: int = 1,
+    validation: float = 0.5,
+    epochs: int = 1,
+    rate: float = 1.0,
+    rows_per_step: int = 1,
+    patience: int = 1,
+    seed: int = 0,
 ) -> None:
+    """Checks the options of `fit_network` that are given, by their names."""
+    del seed
     if not 0 < validation < 1:
         raise ValueError(f"validation is {validation}; expected a share between 0 and 1")
     if epochs < 0:
         raise ValueError(f"epochs is {epochs}; expected at least 0")
+    if not rate > 0:
+        raise ValueError(f"rate is {rate}; expected a positive number")
     teacher_forcing.require_counts(hidden=hidden, rows_per_step=rows_per_step, patience=patience)
 
 
@@ -501,14 +511,20 @@ def fit_l2s(
         The network.
 
     Raises:
-        ValueError: as `contrast_shifts` and `fit_network`, or the numbers of samples and contexts
-            differ.
+        ValueError: as `contrast_shifts` and `fit_network`, the numbers of samples and contexts
+            differ, or there are fewer than three samples.
         FloatingPointError: as `contrast_shifts` and `fit_network`.
     """
     if contexts is not None and len(contexts) != len(samples):
         raise ValueError(
             f"there are {len(contexts)} contexts for {len(samples)} samples; expected one each"
         )
+    if len(samples) < 3:
+        raise ValueError(
+            f"there are {len(samples)} samples; expected three or more, one to hold out and two to "
+            "train on"
+        )
+    _require_options(**options)  # before the model runs
     site = vlm.find_site(site, generated=True, one_state=True)
     context_site = (
         site

@@ -223,6 +223,11 @@ def fit_learned(
         )
     if rank is not None and (rank < 1 or start is not None):
         raise ValueError(f"rank is {rank}; expected at least 1, and start=None")
+    if not (rate > 0 and penalty >= 0):
+        raise ValueError(
+            f"rate is {rate} and penalty {penalty}; expected a positive rate, and a penalty of at "
+            "least 0"
+        )
     teacher_forcing.require_counts(
         steps=steps, batch_size=batch_size, evaluate_every=evaluate_every, patience=patience
     )

@@ -198,8 +198,8 @@ def rank_vectors(
         The vectors, the highest score first; of equal scores, the stronger vector first.
 
     Raises:
-        ValueError: there are no vectors, vectors of several sites, or a vector none of whose
-            samples is given.
+        ValueError: there are no vectors or no samples, vectors of several sites, or a vector none
+            of whose samples is given.
     """
     if len({vector.site for vector in vectors}) != 1:
         raise ValueError(
@@ -207,6 +207,8 @@ def rank_vectors(
             "expected at least one vector, and all for one site"
         )
     by_id = {sample.id: sample for sample in samples}
+    if not by_id:
+        raise ValueError("there are no samples to try the vectors on; expected one or more")
     groups: dict[tuple[str, ...], list[int]] = {}
     for number, vector in enumerate(vectors):
         named = vector.source.get("samples")

@@ -194,12 +194,20 @@ class TestModel:
             steering.fit_l2s(vlm, questions, positive, prompts, SITE, strict=True, **options)
 
     def test_messages(self, vlm, questions):
-        with pytest.raises(ValueError, match="1 positive and 2 negative counterparts of 2 samples"):
-            steering.fit_l2s(vlm, questions[:2], ["a"], ["b", "c"], SITE)
+        some, texts = questions[:3], ["a"] * 3
+        with pytest.raises(ValueError, match="1 positive and 3 negative counterparts of 3 samples"):
+            steering.fit_l2s(vlm, some, ["a"], texts, SITE)
         with pytest.raises(ValueError, match="contrast is 'image'; expected completion or prompt"):
-            steering.fit_l2s(vlm, questions[:1], ["a"], ["b"], SITE, contrast="image")
+            steering.fit_l2s(vlm, some, texts, texts, SITE, contrast="image")
         with pytest.raises(ValueError, match=r"no site matches 'layers\.30'"):
-            steering.fit_l2s(vlm, questions[:1], ["a"], ["b"], "layers.30")
+            steering.fit_l2s(vlm, some, texts, texts, "layers.30")
+        # Before the model runs, which refuses neither.
+        with pytest.raises(ValueError, match="there are 2 samples; expected three or more, one to"):
+            steering.fit_l2s(vlm, some[:2], texts[:2], texts[:2], SITE)
+        with pytest.raises(ValueError, match="rows_per_step is 0; expected at least 1"):
+            steering.fit_l2s(vlm, some, texts, texts, SITE, rows_per_step=0)
+        with pytest.raises(ValueError, match=r"rate is -0\.1; expected a positive number"):
+            steering.fit_l2s(vlm, some, texts, texts, SITE, rate=-0.1)
         with pytest.raises(ValueError, match=r"sample \d+ is empty"):
             l2s.last_token_states(vlm, questions[:1], [SITE], [" "])
 

@@ -167,6 +167,8 @@ def test_messages(vlm, questions, targets):
     for name in ("steps", "batch_size", "evaluate_every", "patience"):
         with pytest.raises(ValueError, match=f"{name} is 0; expected at least 1"):
             steering.fit_learned(vlm, questions, targets, SITE, **{name: 0})
+    with pytest.raises(ValueError, match=r"rate is nan and penalty 0\.0; expected a positive rate"):
+        steering.fit_learned(vlm, questions, targets, SITE, rate=np.nan)
     with pytest.raises(ValueError, match="nothing can be learnt at site"):
         steering.fit_learned(vlm, questions, targets, "multi_modal_projector")
 

@@ -162,5 +162,7 @@ class TestVectors:
         vector = SteeringVector(np.ones(192), SITE, {"samples": ["nobody"]})
         with pytest.raises(ValueError, match="none of the 1 samples of a vector is among the 24"):
             steering.rank_vectors(vlm, [vector], questions)
+        with pytest.raises(ValueError, match="there are no samples to try the vectors on"):
+            steering.rank_vectors(vlm, [vector], [])
         with pytest.raises(ValueError, match="0 vectors for 0 sites"):
             steering.rank_vectors(vlm, [], questions)
