@@ -717,7 +717,8 @@ def decompose_stored(
     small, each in one pass over the source; see `solvers.streamed`. Apart from a few tiles of 4 MB,
     memory holds some numbers of every row: for "snmf" K + 44 in compressed columns and 2 K codes,
     for "kmeans" K + 28 and about a dozen, for "pca" none. On a CPU, k-means with more than 128
-    clusters takes 64 more, and with 1,024 or more another 64.
+    clusters takes 64 more, and with 1,024 or more another 64. Very small or large rows, whose
+    squares do not fit float32, are divided by a power of two; to find it, they are read once more.
 
     Args:
         source: has shape (N, D), tiles(count) and take(numbers).

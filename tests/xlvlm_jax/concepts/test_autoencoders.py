@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 import xlvlm_jax
 from xlvlm_jax import Concepts, Features, sae
 from xlvlm_jax.concepts import autoencoders, encoding, reconstruct
+from xlvlm_jax.concepts.decomposition import streamed_memory_needed
 from xlvlm_jax.concepts.encoding import encode_all
 from xlvlm_jax.concepts.methods import TRAINED, method_named
 from xlvlm_jax.concepts.picture_maps import concept_site
@@ -63,6 +64,22 @@ def test_options_of_numpy_and_jax(concepts):
     assert options["prefixes"] == (2, 8) and type(options["prefixes"][0]) is int
     scales = method_named("crosscoder").options({"input_scale": [np.float32(0.5), 2.0]})
     assert scales["input_scale"] == (0.5, 2.0)
+
+
+def test_memory_of_rows_that_are_held_or_read():
+    held = xlvlm_jax.concepts.memory_needed((1000, 50), 64, "topk-sae", dtype="float16")
+    read = streamed_memory_needed((1000, 50), 64, "topk-sae")
+    assert held - read == 2 * 1000 * 50
+    # After training, rows' codes are more than what training takes.
+    wide = streamed_memory_needed((10**6, 8), 2048, "topk-sae", batch_size=8, k=2)
+    assert wide >= 2 * encoding.CODE_BYTES
+
+
+def test_progress_is_printed_without_what_is_not_compared(capsys):
+    xlvlm_jax.decompose(Z, 8, "topk-sae", key=KEY, verbose=4, **SHORT)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["iteration 4", "iteration 8"]
+    assert "L0: " in lines[0] and "tol" not in lines[0] and "nan" not in lines[0]
 
 
 @pytest.mark.parametrize("method", ["topk-sae", "jumprelu-sae", "archetypal-sae"])
