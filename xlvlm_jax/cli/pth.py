@@ -81,25 +81,25 @@ def import_pth(
     others = {name for names in _TAKEN.values() for name in names} - {*_TAKEN[kind]}
     refuse_given(context, sorted(others), f"on {kind}")
     if kind == "a network":
-        refuse_existing(output, overwrite)
+        refuse_existing(output, overwrite, directory=False)
         chosen = _only(site, "--site names the module that the network steers")
         network = import_l2s(file, chosen, context_site=context_site, **meant)
         network.save(output)
         console.print(f"{network!r} -> {output}")
     elif sample_ids is not None:
-        refuse_existing(output, overwrite)
+        refuse_existing(output, overwrite, directory=False)
         chosen = _only(site, "--site names the module that the vectors steer")
         vectors = import_sample_vectors(file, chosen, read_ids(sample_ids), key=key, **meant)
         vectors.save(output)
         console.print(f"{vectors!r} -> {output}")
     elif kind == "a vector":
-        refuse_existing(output, overwrite)
+        refuse_existing(output, overwrite, directory=False)
         chosen = _only(site, "--site names the module that the vector steers")
         vector = import_vector(file, chosen, key=key, **meant)
         vector.save(output)
         console.print(f"{key}, width {len(vector.vector)}, site {chosen} -> {output}")
     elif kind == "concepts":
-        refuse_existing(output, overwrite)
+        refuse_existing(output, overwrite, directory=True)
         concepts = import_concepts(file, site=site[0] if site else None, model=model)
         concepts.save(output)
         console.print(f"{concepts!r} -> {output}")
@@ -137,7 +137,7 @@ def export_pth(
     from xlvlm_jax.features.pth import export_features
     from xlvlm_jax.steering.pth import export_vectors
 
-    refuse_existing(output, overwrite)
+    refuse_existing(output, overwrite, directory=False)
     files = [source] if source.is_file() else sorted(source.glob("*.safetensors"))
     if (source / "concepts.json").exists():
         refuse_given(context, ("site",), "on concepts, which are of one site")

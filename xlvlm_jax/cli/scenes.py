@@ -27,7 +27,8 @@ def scenes(
     from ports.messages import counted
     from xlvlm_jax.data import scenes as module
 
-    refuse_existing(output, overwrite)
+    refuse_existing(output, overwrite, directory=True)
+    module.require_drawn(output)
     with progress_bars() as progress:
         advance = bars(progress)("drawing")
         module.write(

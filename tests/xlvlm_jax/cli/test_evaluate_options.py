@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from xlvlm_jax.cli.evaluate_options import samples_to_choose_on
-from xlvlm_jax.data import pope
+from xlvlm_jax.cli.evaluate_options import parse_task, reading_of, samples_to_choose_on
+from xlvlm_jax.data import pope, select
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,21 @@ def test_samples_to_choose_on_are_other_questions(splits):
     others = samples_to_choose_on(first, splits["random"], "random", None)
     # The question about the dog in the first picture is evaluated; that about the cat is not.
     assert [sample.id for sample in others] == ["1", "2", "3"]
-    assert len(samples_to_choose_on(first, splits["random"], "random", 2)) == 2
+    drawn = [samples_to_choose_on(first, splits["random"], "random", 2, seed) for seed in (0, 1)]
+    assert drawn == [select.subsample(others, 2, seed) for seed in (0, 1)]
     with pytest.raises(ValueError, match="every question of it with the label yes is also evalua"):
         samples_to_choose_on(splits["adversarial"], splits["random"], "random", None)
+
+
+def test_words_are_read_as_answers_are():
+    task = parse_task("vqav2", [], "Yes, no way", " White,black ", None, False, "official", None)
+    assert (task.source, task.target) == (("yes", "no way"), ("white", "black"))
+
+
+def test_the_split_is_named():
+    """Without --split the summary did not say which was read, and --dataset pope read another."""
+    assert reading_of("pope", "pope", None, "all") == reading_of(None, "pope", None, "all")
+    assert reading_of(None, "pope", None, "all") == {"split": "all"}
+    defaults = {"vqav2": "train", "coco": "train", "scenes": "train", "mmsb": "all", "amber": "all"}
+    assert {name: reading_of(None, name, None, "all")["split"] for name in defaults} == defaults
+    assert reading_of(None, "vqav2", "val", "all") == {"split": "val"}

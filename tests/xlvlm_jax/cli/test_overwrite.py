@@ -77,6 +77,11 @@ def test_words_and_drawn_scenes_and_a_whole_demo_stay(xlvlm, run, tmp_path):
     assert contents(run / "concepts") == before
     status, _, errors = xlvlm("scenes", run / "scenes", "--train", 1)
     assert status == 2 and "--overwrite" in errors
+    (tmp_path / "vqav2").mkdir()
+    (tmp_path / "vqav2" / "dataset_coco.json").write_text('{"images": []}')
+    status, _, errors = xlvlm("scenes", tmp_path / "vqav2", "--train", 1, "--overwrite")
+    assert status == 2 and "only drawn scenes are replaced" in " ".join(errors.split())
+    assert len(contents(tmp_path / "vqav2")) == 1
     (tmp_path / "run.json").write_text("{}")
     status, _, errors = xlvlm("demo", "--output", tmp_path)
     assert status == 2 and "run.json exists" in errors

@@ -114,6 +114,8 @@ def test_same_seed_same_bytes(written, tmp_path):
     assert files(tmp_path / "other")[picture] != first[picture]
 
     scenes.write(tmp_path / "other", train=1, seed=1)  # the same again
+    scenes.require_drawn(tmp_path / "other")
+    scenes.require_drawn(tmp_path / "missing")
     with pytest.raises(FileExistsError, match=r"other has another data set .*overwrite=True"):
         scenes.write(tmp_path / "other", train=1, seed=2)
     assert files(tmp_path / "other")[picture] != first[picture]
@@ -136,6 +138,8 @@ def test_vqav2_as_it_is_distributed_is_not_replaced(tmp_path):
     questions.write_text("{}")
     with pytest.raises(FileExistsError, match=r"another data set \(v2_Open.*overwrite=True"):
         scenes.write(tmp_path, train=1)
+    with pytest.raises(FileExistsError, match="data set that was not drawn, and only drawn scenes"):
+        scenes.require_drawn(tmp_path)  # with --overwrite of the command
     assert questions.read_text() == "{}" and list(tmp_path.iterdir()) == [questions]
 
 

@@ -125,6 +125,8 @@ def test_the_report_needs_steering_alone(run, asked):
     assert section.moved[0].question in page
     assert "data:image/jpeg" in page
     assert "A concept is a direction" not in page
+    with pytest.raises(ValueError, match="no features and concepts to show another run's beside"):
+        write_report(run[0], beside=run[0])
 
 
 def test_a_damaged_evaluation_is_named(run, tmp_path):

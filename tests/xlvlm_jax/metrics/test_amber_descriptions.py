@@ -1,5 +1,6 @@
 """AMBER's descriptions: by hand, against the official script, properties, and messages."""
 
+import importlib
 import random
 import sys
 import types
@@ -17,6 +18,7 @@ from xlvlm_jax.metrics import (
     spacy_alike,
 )
 
+module = importlib.import_module("xlvlm_jax.metrics.amber_descriptions")
 LISTS = WordLists(
     {
         **{"sky": [], "sea": ["water", "wave"], "person": ["people", "man", "woman"]},
@@ -146,3 +148,19 @@ def test_nouns_and_likeness_as_the_script_asks_nltk_and_spacy(monkeypatch):
         nltk_nouns("dogs")
     with pytest.raises(ValueError, match="spaCy has no word vectors; run: python -m spacy downl"):
         spacy_alike()
+
+
+def test_the_official_protocol_needs_its_data(monkeypatch):
+    """The packages alone made descriptions impossible to score, also by the plain protocol."""
+
+    def no_data(_):
+        raise ValueError("nltk has no data")
+
+    monkeypatch.setattr(module, "nltk_nouns", no_data)
+    module.can_read_officially.cache_clear()
+    assert not module.can_read_officially()
+    monkeypatch.setattr(module, "nltk_nouns", lambda text: [text])
+    monkeypatch.setattr(module, "spacy_alike", lambda: str.__eq__)
+    module.can_read_officially.cache_clear()
+    assert module.can_read_officially()
+    module.can_read_officially.cache_clear()

@@ -118,6 +118,8 @@ def test_networks_and_vectors_of_samples_from_the_command_line(xlvlm, tmp_path):
     status, out, errors = xlvlm(*command, *options)
     assert status == 0, errors
     assert steering.load(tmp_path / "p2s.safetensors").ids == ("a", "b")
+    status, _, errors = xlvlm(*command, *options, "--overwrite", "--rows", "mean")
+    assert status == 2 and "--rows has no effect on vectors of samples; omit it" in errors
     layers = {"encoder.weight": torch.ones(2, 4), "encoder.bias": torch.ones(2)}
     torch.save({**layers, "decoder.weight": torch.ones(4, 2)}, tmp_path / "net.pt")
     status, out, errors = xlvlm(

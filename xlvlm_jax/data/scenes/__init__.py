@@ -7,7 +7,7 @@ determined by a seed.
 """
 
 from .ask import Question, check, questions, vocabulary
-from .dataset import image_id, write
+from .dataset import image_id, require_drawn, write
 from .draw import boxes, draw, draw_pair, draw_with_masks, training_image
 from .language import captions, named
 from .presence import COMPANIONS, NEGATIVES, companion, mentioned_kinds
@@ -37,6 +37,7 @@ __all__ = [
     "mentioned_kinds",
     "named",
     "questions",
+    "require_drawn",
     "sample_scene",
     "training_image",
     "vocabulary",

@@ -157,6 +157,29 @@ def _refuse_other(index: Path, drawn: dict[str, Any]) -> None:
         )
 
 
+def require_drawn(directory: str | os.PathLike[str]) -> None:
+    """Checks that a directory's data set, if it has one, was drawn, so that it may be replaced.
+
+    Args:
+        directory: as for `write`.
+
+    Raises:
+        FileExistsError: it has another data set, such as VQAv2 itself.
+    """
+    root = Path(directory)
+    if not any((root / name).exists() for name in INDEX_FILES):
+        return
+    try:
+        found = json.loads((root / INDEX).read_text("utf-8"))
+    except (FileNotFoundError, ValueError):
+        found = None
+    if not isinstance(found, dict) or "scenes" not in found:
+        raise FileExistsError(
+            f"{root} has a data set that was not drawn, and only drawn scenes are replaced; write "
+            "to another directory"
+        )
+
+
 @contextlib.contextmanager
 def _growing(
     path: Path, content: dict, name: str | None = None, first: Iterable[dict] | None = None
