@@ -13,6 +13,7 @@ from xlvlm_jax import Features, data, sae, steering
 from xlvlm_jax.concepts.stage import decompose_features
 from xlvlm_jax.data.sample import Sample
 from xlvlm_jax.evaluation import Presence
+from xlvlm_jax.evaluation.hallucination import distinct_questions
 from xlvlm_jax.features import ExtractionSettings
 from xlvlm_jax.features.selection import Selection
 from xlvlm_jax.metrics.uncertainty import bootstrap
@@ -296,6 +297,7 @@ def _rows(
     absent, others = ~np.isnan(false["plain"]), ~np.isnan(rest["plain"])
     asked = [sample for sample, is_absent in zip(samples, absent, strict=True) if is_absent]
     groups = [s.image_id for s, is_other in zip(samples, others, strict=True) if is_other]
+    once = distinct_questions(asked)  # which the p values count
     yes = {name: values[absent].astype(bool) for name, values in false.items()}
     rows = []
     for name in dict.fromkeys(("plain", *trials.sweep.methods, *answers)):
@@ -314,8 +316,8 @@ def _rows(
                 "rest": float(rest[name][others].mean()),
                 "lost": 100 * float(counts[:, 0].mean() - counts[:, 1].mean()),
                 "lost interval": list(lost["lost"]),
-                "p against plain": common.p_value(yes["plain"], yes[name]),
-                "p against instruction": common.p_value(yes[INSTRUCTION], yes[name]),
+                "p against plain": common.p_value(yes["plain"][once], yes[name][once]),
+                "p against instruction": common.p_value(yes[INSTRUCTION][once], yes[name][once]),
             }
         rows.append(row)
     return rows

@@ -234,6 +234,17 @@ def without_absent(
     return [not {*reads(text)} - given for text, given in zip(answers, there, strict=True)]
 
 
+def distinct_questions(samples: Sequence[Sample]) -> list[int]:
+    """Returns the places of samples, of those with the same image and prompt the first.
+
+    The files of POPE share questions, which are answered once and are one observation of a test.
+    """
+    places: dict[Any, int] = {}
+    for i, sample in enumerate(samples):
+        places.setdefault((sample.image, sample.prompt), i)
+    return list(places.values())
+
+
 def paired_tests(
     judged: Mapping[str, Mapping[str, Sequence[bool]]], against: Sequence[str]
 ) -> list[dict[str, Any]]:

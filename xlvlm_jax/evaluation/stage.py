@@ -151,8 +151,7 @@ def _paired(
 
     Copies of a question, such as those that the files of POPE share, are one observation.
     """
-    once = {(sample.image, sample.prompt): i for i, sample in reversed([*enumerate(samples)])}
-    places = sorted(once.values())
+    places = hallucination.distinct_questions(samples)
     asked = [samples[i] for i in places]
     judged = {name: task.judged(asked, [each[i] for i in places]) for name, each in given.items()}
     tests = hallucination.paired_tests(judged, ("plain", "instruction"))
