@@ -8,9 +8,10 @@ distance that the centroids moved in the last update, divided by the mean varian
 with 0 the run ends once no row changes its cluster. Rule and default are scikit-learn's. The
 weights w are 1 unless given.
 
-If Z is wide and not small, the rows are first clustered in the few columns of `compression`, and
-only the last updates read Z itself. This works because centroids are means of rows and so lie in
-the row space of Z.
+If Z is wide and not small, and no centroids are given, the rows are first clustered in the few
+columns of `compression`, and only the last updates read Z itself. This works because centroids are
+means of rows and so lie in the row space of Z. Given centroids need not lie in few columns: from
+them, every update is Lloyd's.
 
 An update finds the nearest centroid of the rows whose nearest centroid can have changed
 (`kmeans_assignment`), and moves every centroid to the mean of its rows.
@@ -333,7 +334,6 @@ class Plan(NamedTuple):
             problem, starts = common._replace(active=active), None
             if centroids is not None:
                 chosen = centroids - mean
-                chosen = chosen if basis is None else matmul(chosen, basis) - problem.mean
             else:
                 screen, counts = jnp.minimum(SCREEN, max_iter), (num_samples, self.n_init)
                 chosen, starts = _best_start(
@@ -394,7 +394,7 @@ class Plan(NamedTuple):
             exact, offsets = offsets, components - problem.mean
             if not self.activations:
                 shifts = shifts + jnp.sqrt(jnp.sum((offsets - exact) ** 2, axis=1))
-                labels = kmeans_assignment.renew(problem, kept, offsets, shifts)[1]
+                labels = kmeans_assignment.renew(problem, kept, offsets, shifts, is_last=True)[1]
                 least = residual.of_labels(Z, labels, offsets, problem.mean)
                 similar = None
             elif isinstance(kept, Ruled):
@@ -460,6 +460,7 @@ def plan(
     wide = width >= 4 * (K + OVERSAMPLE) and num_samples > few
     compressed = few if wide and not is_small(num_samples, width, most) else 0
     if init_centroids is not None:
+        compressed = 0  # they would be projected
         # On the host if they are there, where it takes no program.
         centroids = on_host(init_centroids)
         xp: Any = np if isinstance(centroids, np.ndarray) else jnp

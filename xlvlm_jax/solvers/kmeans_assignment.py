@@ -169,7 +169,11 @@ def of_columns(
 
 
 def renew(
-    problem: Problem, kept: Kept, offsets: Float[Array, "K D"], shifts: Float[Array, " K"]
+    problem: Problem,
+    kept: Kept,
+    offsets: Float[Array, "K D"],
+    shifts: Float[Array, " K"],
+    is_last: bool = False,
 ) -> tuple[Kept, Int[Array, " N"], Sums]:
     """Updates what is known for the new centroids.
 
@@ -178,6 +182,7 @@ def renew(
         kept: what was known for the previous centroids.
         offsets: float[K, D], the new centroids minus m.
         shifts: float[K], how far each centroid moved; infinite if unknown.
+        is_last: whether only labels and sums are wanted.
 
     Returns:
         what is known now, the labels int[N], and the sums of the clusters.
@@ -196,7 +201,8 @@ def renew(
         largest = terms_of_mean(problem) + jnp.max(jnp.sum(offsets**2, axis=1))
         rounding = jnp.where(problem.real > 0, SLACK * (problem.energy + largest), -jnp.inf)
         of_rows = problem.Z, problem.mean, rounding, problem.leading
-        known = kmeans_leading.renew(*of_rows, kept.known, offsets, shifts, problem.active)
+        given = kept.known, offsets, shifts, problem.active
+        known = kmeans_leading.renew(*of_rows, *given, is_last)
         if kept.sums is None:
             return Ruled(known, None), known.labels, sums_of(problem, known.labels)
         # Infinite shifts: what is kept may not be of this run.

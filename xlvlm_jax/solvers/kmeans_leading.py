@@ -12,10 +12,10 @@ more than one centroid of a thousand for most rows.
 A row keeps its label, an upper bound on its own centroid's score, and a lower bound on the scores
 of others. If its centroid moves by d, its score changes by |c' + d|^2 - |c'|^2 - 2 (z - m) d,
 which is bounded in the same way: the part of d outside the span is short. A row whose upper bound
-is below all lower ones stays where it is. For the others, two scores are computed from all columns:
-that of the last centroid, and that of the centroid whose bound is the lowest of all others. If the
-next bound is above the lower of the two, this one is the nearest; otherwise the row is compared
-with all centroids near it. So the result is Lloyd's, up to rounding.
+is below all lower ones stays where it is. For the others, scores are computed from all columns:
+that of the last centroid, and those of a few candidates, in the order of their bounds, while these
+are not above the lowest score. If all other bounds are above it, its centroid is the nearest;
+otherwise the row is compared with all centroids near it. So the result is Lloyd's, up to rounding.
 
 Many rows are in blocks, sorted by their labels, and each block keeps for each centroid a lower
 bound on its score minus the upper bound of a row: the least of the block. A centroid of which it is
@@ -32,6 +32,7 @@ and SuperKMeans. They test random columns and may err; the bound above does not.
 N rows, D width, K centroids, R columns of the basis, B rows per block, C centroids per chunk.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -40,7 +41,14 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from xlvlm_jax.solvers import compression
 from xlvlm_jax.solvers.collectives import Rows
-from xlvlm_jax.solvers.kmeans_nearest import MOST, Nearest, compare, compare_square, least_of_each
+from xlvlm_jax.solvers.kmeans_nearest import (
+    MOST,
+    Candidates,
+    Nearest,
+    compare,
+    compare_square,
+    least_of_each,
+)
 from xlvlm_jax.solvers.linalg import matmul
 from xlvlm_jax.solvers.loop import largest_of_runs
 
@@ -54,9 +62,14 @@ MANY_ROWS, MANY_CENTROIDS, MORE, ROUNDS = 2**16, 2**10, 4, 3
 # scores.
 LEAST_WIDTH, LEAST_SCORES = 128, 2**21
 SLACK = 1e-6  # rounding error relative to the largest terms of a squared distance
-CHUNK = 256  # centroids whose bounds are computed together
+# Centroids whose bounds are computed together: so many, or MANY_CHUNK of at least MOST_CENTROIDS.
+CHUNK, MANY_CHUNK, MOST_CENTROIDS = 256, 1024, 2**13
 # Rows whose bounds of CHUNK centroids stay in a CPU's cache; per block.
 ROWS, BLOCK = 512, 256
+# Scores of a row that are computed one by one before it is compared with all, for so many centroids
+# at least. If all scores take fewer multiplications outside the leading columns than MANY_PRODUCTS,
+# comparing with all costs too little: one.
+CANDIDATES, MANY_PRODUCTS = {0: 4, 2**12: 8, MOST_CENTROIDS: 16}, 3 * 2**17
 TOGETHER = 256  # rows that are compared with all columns together
 MOST_GAPS = 2**24  # bounds of blocks and centroids that are kept
 # If more than the share HOPELESS of all scores had to be computed from all columns, the next
@@ -163,8 +176,22 @@ def nothing(leading: Leading, K: int) -> Known:
         order = jnp.arange(N, dtype=jnp.int32)
         zeros = (jnp.zeros(shape, dtype) for shape in ((N, S), (G, S + 1), (G, K)))
         blocks = Blocks(jnp.zeros((), bool), order, *zeros)
-    share = jnp.full((), FIRST, dtype)
+    # Where comparing with all takes long, the first update tries too.
+    share = jnp.full((), 0 if _num_candidates(K, leading) > 1 else FIRST, dtype)
     return Known(jnp.zeros(N, jnp.int32), uppers, floors, offsets, share, blocks)
+
+
+def _num_candidates(K: int, leading: Leading) -> int:
+    """Returns how many scores of a row are computed one by one before it is compared with all."""
+    D, R = leading.basis.shape
+    if K * (D - R) < MANY_PRODUCTS:
+        return 1
+    most = max(count for least, count in CANDIDATES.items() if least <= K)
+    return min(most, 2 * -(-K // _chunk(K)))  # two of a chunk
+
+
+def _chunk(K: int) -> int:
+    return MANY_CHUNK if K >= MOST_CENTROIDS else CHUNK
 
 
 def renew(
@@ -176,6 +203,7 @@ def renew(
     offsets: Float[Array, "K D"],
     shifts: Float[Array, " K"],
     active: Bool[Array, " K"],
+    is_last: bool = False,
 ) -> Known:
     """Finds the nearest centroid of every row.
 
@@ -188,10 +216,12 @@ def renew(
         offsets: float[K, D], the new centroids minus m.
         shifts: float[K], how far each centroid moved; infinite if unknown.
         active: bool[K], an inactive centroid is no row's nearest.
+        is_last: whether what is kept of the blocks is no longer needed.
     """
     N, K, dtype = len(Z), len(offsets), offsets.dtype
     blocks, hopeless = known.blocks, known.share > HOPELESS
     size = min(ROWS if blocks is None else BLOCK, N)
+    most, chunk = _num_candidates(K, leading), _chunk(K)
     G = -(-N // size)
     squares = jnp.sum(offsets**2, axis=1)
     biases = jnp.where(active, squares, jnp.inf)
@@ -212,7 +242,7 @@ def renew(
     growths = jnp.where(jnp.isinf(shifts), jnp.inf, grown)[:, None]
     growths = jnp.concatenate([-2 * inward.at[:, -1].multiply(-1), growths], axis=1)
 
-    middles = None
+    middles, is_known = None, ~hopeless
     if blocks is None:
         order, rows = jnp.arange(N, dtype=jnp.int32), leading.rows
         gaps = narrowed = jnp.zeros((G, 0), dtype)
@@ -220,11 +250,17 @@ def renew(
         last = blocks.order, blocks.rows, blocks.middles
         # Runs side by side decide together: alone, each of them would do both.
         unknown = largest_of_runs(~hopeless & ~blocks.known)
-        order, rows, middles = jax.lax.cond(
-            unknown,
-            lambda: _in_blocks(leading, inside, known.labels, size),
-            lambda: last,
+        # Without labels, or for one time, rows stay where they are.
+        sorts = ~largest_of_runs(jnp.any(jnp.isinf(shifts))) & (not is_last)
+        order, rows, middles = jax.lax.switch(
+            unknown.astype(jnp.int32) + (unknown & sorts),
+            (
+                lambda: last,
+                lambda: (jnp.arange(N, dtype=jnp.int32), leading.rows, last[2]),
+                lambda: _in_blocks(leading, inside, known.labels, size),
+            ),
         )
+        is_known = is_known & (~unknown | sorts)
         gaps = jnp.where(unknown, -jnp.inf, blocks.gaps)
         # Of a run whose blocks were known, floors leave out the centroids that were not near them.
         anew = anew | (unknown & blocks.known)
@@ -233,7 +269,7 @@ def renew(
         least = jnp.where(jnp.isinf(shifts), -jnp.inf, jnp.where(moved, grown, 0))[:, None]
         falls = jnp.concatenate([-2 * within, *(-2 * fall for fall in falls), least], axis=1)
         narrowed = gaps + matmul(middles, falls.T)
-    of_moved = numbers_of(moved | anew, CHUNK) if blocks is None else None
+    of_moved = numbers_of(moved | anew, chunk) if blocks is None else None
     before, uppers, floors, slack = (
         values[order] for values in (known.labels, known.uppers, known.floors, slack)
     )
@@ -259,62 +295,84 @@ def renew(
             gap = narrowed[i] - jnp.where(moved, jnp.max(error), 0) - rise
             # Negated, so that NaN counts as near. Floors cover those that were near, until they
             # move.
-            count, listed = numbers_of(~(gap > 0) & (anew | moved | (gaps[i] > 0)), CHUNK)
+            count, listed = numbers_of(~(gap > 0) & (anew | moved | (gaps[i] > 0)), chunk)
         top = jnp.where(real, upper + error, -jnp.inf)
 
-        def chunk(j: Array, found: tuple[Nearest, Array]) -> tuple[Nearest, Array]:
+        def some_bounds(j: Array, found: tuple[Candidates, Array]) -> tuple[Candidates, Array]:
             best, gap = found
-            some = jax.lax.dynamic_slice_in_dim(listed, j * CHUNK, CHUNK)
+            some = jax.lax.dynamic_slice_in_dim(listed, j * chunk, chunk)
             bounds = jax.lax.optimization_barrier(matmul(sides[some], x.T))
             if blocks is not None:
                 gap = gap.at[some].set(least_of_each(bounds - top), mode="drop")
             return compare_square(bounds, best, some, own), gap
 
-        start = Nearest.none(size, dtype), gap
-        best, gap = jax.lax.fori_loop(0, -(-count // CHUNK), chunk, start)
-        lowest = jnp.minimum(floor, best.least)
+        start = Candidates.none(most, size, dtype), gap
+        best, gap = jax.lax.fori_loop(0, -(-count // chunk), some_bounds, start)
+        others = jnp.minimum(floor, best.rest)
+        lowest = jnp.minimum(others, best.bounds[0])
         # NaN is not below anything, so it stays open too.
         stays = upper + error < lowest
         parts = (
             upper,
-            jnp.where(stays, lowest, jnp.minimum(floor, best.second)),
-            jnp.where(stays | (best.least == jnp.inf), own, best.labels),
+            jnp.where(stays, lowest, others),
             ~stays & real,
+            jnp.stack(best.labels),
+            jnp.stack(best.bounds),
         )
         parts = [
-            jax.lax.dynamic_update_slice_in_dim(values, part, first, 0)
+            jax.lax.dynamic_update_slice_in_dim(values, part, first, -1)
             for values, part in zip(found, parts, strict=True)
         ]
         return *parts, jax.lax.dynamic_update_index_in_dim(gaps, gap, i, 0)
 
-    found = uppers, floors, before, jnp.zeros(N, bool), gaps
+    none = jnp.zeros((most, N), jnp.int32), jnp.full((most, N), jnp.inf, dtype)
+    found = uppers, floors, jnp.zeros(N, bool), *none, gaps
     found = jax.lax.fori_loop(0, jnp.where(hopeless, 0, G), rule_out, found)
-    uppers, floors, nearest_others, is_open, gaps = found
-    opened, numbers = numbers_of(is_open, size)
+    uppers, floors, is_open, candidates, bounds, gaps = found
 
-    def compare_two(i: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
+    def scores_of(at: Array, labels: Array) -> Array:
+        z = Z[order[at]] - mean
+        return biases[labels] - 2 * products_of(z, offsets[labels])
+
+    def of_own(i: Array, uppers: Array, numbers: Array) -> Array:
         chosen = jax.lax.dynamic_slice_in_dim(numbers, i * size, size)
         at = jnp.minimum(chosen, N - 1)
-        z, own, other = Z[order[at]] - mean, before[at], nearest_others[at]
-        of_own = biases[own] - 2 * products_of(z, offsets[own])
-        of_other = biases[other] - 2 * products_of(z, offsets[other])
-        of_other = jnp.where(other == own, jnp.inf, of_other)
-        least, rest = jnp.minimum(of_own, of_other), floors[at]
-        parts = (
-            jnp.where(of_other < of_own, other, own),
-            least,
-            jnp.minimum(rest, jnp.maximum(of_own, of_other)),
-            # Negated, so that NaN is open too.
-            ~(least + slack[at] < rest),
-        )
-        return tuple(
-            values.at[chosen].set(part, mode="drop")
-            for values, part in zip(found, parts, strict=True)
-        )
+        return uppers.at[chosen].set(scores_of(at, before[at]), mode="drop")
 
-    found = before, uppers, floors, jnp.broadcast_to(hopeless, (N,))
-    found = jax.lax.fori_loop(0, -(-opened // size), compare_two, found)
-    *found, is_open = found
+    def evaluate(t: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
+        """Computes the scores of the rows' candidates of place t, of all that can be nearest."""
+        uppers = found[1]
+        # Negated, so that NaN counts as open.
+        opened, numbers = numbers_of(is_open & ~(uppers + slack < bounds[t]), size)
+
+        def some(i: Array, found: tuple[Array, ...]) -> tuple[Array, ...]:
+            labels, uppers, floors = found
+            chosen = jax.lax.dynamic_slice_in_dim(numbers, i * size, size)
+            at = jnp.minimum(chosen, N - 1)
+            label, upper = candidates[t, at], uppers[at]
+            score = scores_of(at, label)
+            parts = (
+                jnp.where(score < upper, label, labels[at]),
+                jnp.minimum(upper, score),
+                jnp.minimum(floors[at], jnp.maximum(upper, score)),
+            )
+            return tuple(
+                values.at[chosen].set(part, mode="drop")
+                for values, part in zip(found, parts, strict=True)
+            )
+
+        return jax.lax.fori_loop(0, -(-opened // size), some, found)
+
+    opened, numbers = numbers_of(is_open, size)
+    uppers = jax.lax.fori_loop(0, -(-opened // size), partial(of_own, numbers=numbers), uppers)
+    found = before, uppers, floors
+    found = jax.lax.fori_loop(0, jnp.where(hopeless, 0, most), evaluate, found)
+    labels, uppers, floors = found
+    # Of candidates whose bounds are above a row's score, these are what is known.
+    left = jnp.min(jnp.where(bounds > uppers + slack, bounds, jnp.inf), axis=0)
+    floors = jnp.where(is_open, jnp.minimum(floors, left), floors)
+    is_open = is_open & ~(uppers + slack < floors) | hopeless
+    found = labels, uppers, floors
 
     together = min(TOGETHER, N)
     every = jnp.pad(offsets, ((0, 1), (0, 0)))
@@ -364,7 +422,7 @@ def renew(
     share = jnp.where(hopeless, AGAIN * known.share, computed / N)
     if middles is not None:
         found = [jnp.zeros_like(part).at[order].set(part) for part in found]
-        blocks = Blocks(~hopeless, order, rows, middles, gaps)
+        blocks = Blocks(is_known, order, rows, middles, gaps)
     labels, uppers, floors = found
     return Known(labels, uppers, floors, offsets, share, blocks)
 

@@ -82,29 +82,47 @@ def compare(
     return several(whole * TURN, C % TURN, best) if C % TURN else best
 
 
+class Candidates(NamedTuple):
+    """Centroids of the lowest bounds of each row, in ascending order."""
+
+    labels: tuple[Int[Array, " N"], ...]
+    bounds: tuple[Float[Array, " N"], ...]  # Inf where there are fewer
+    rest: Float[Array, " N"]  # lowest bound of all other centroids
+
+    @classmethod
+    def none(cls, most: int, count: int, dtype: DTypeLike) -> "Candidates":
+        """Returns no candidates, of at most so many, for some rows."""
+        inf = jnp.full(count, jnp.inf, dtype)
+        return cls((jnp.zeros(count, jnp.int32),) * most, (inf,) * most, inf)
+
+
 def compare_square(
-    scores: Float[Array, "C N"],
-    best: Nearest,
+    bounds: Float[Array, "C N"],
+    found: Candidates,
     numbers: Int[Array, " C"],
     own: Int[Array, " N"] | None = None,
-) -> Nearest:
-    """Does what `compare` does, faster on a CPU if C is a square: with ties, to any of them.
+) -> Candidates:
+    """Adds the centroids of the two lowest bounds to the candidates, in few long loops.
 
-    In a square of the scores, rows and columns have their least, which takes few long loops. The
-    least of all is where the least row and the least column meet. The second is in another row or
-    in another column, whose least it then is.
+    Of one candidate, which is then the lowest of all, only one is added.
+
+    In a square of the bounds, rows and columns have their least, which are compared. The least of
+    all is where the least row and the least column meet. The second is in another row and another
+    column, whose least it then is, or in the same row or the same column.
 
     Args:
-        scores: float[C, N].
-        best: the nearest of other centroids.
-        numbers: int[C], the centroids that have these scores.
+        bounds: float[C, N]; C is a product of two powers of two if a CPU is to be fast.
+        found: the candidates of other centroids.
+        numbers: int[C], the centroids that have these bounds.
         own: int[N], a centroid of each row that is left out; None for none.
 
     Returns:
-        The nearest of all.
+        The candidates of all. `rest` is NaN if a bound is NaN.
     """
-    side = 1 << isqrt(len(scores)).bit_length() - 1
-    square, of = scores.reshape(side, -1, scores.shape[1]), numbers.reshape(side, -1)
+    C, N = bounds.shape
+    side = 1 << isqrt(C).bit_length() - 1
+    square, of = bounds.reshape(side, -1, N), numbers.reshape(side, -1)
+    width = square.shape[1]
 
     def least_of(square: Array, of: Array) -> Array:
         parts = [
@@ -113,21 +131,75 @@ def compare_square(
         ]
         return _pairwise(jnp.minimum, parts)
 
-    def two_least(values: Array) -> Nearest:
-        start = Nearest.none(values.shape[1], values.dtype)
-        return _in_turn(list(values), range(len(values)), start)
-
     leasts = least_of(square, of), least_of(square.swapaxes(0, 1), of.T)
-    of_rows, of_columns = (two_least(values) for values in jax.lax.optimization_barrier(leasts))
-    label = numbers[of_rows.labels * square.shape[1] + of_columns.labels]
-    nearer = of_rows.least < best.least
-    # NaN is not below anything; it is the least of its row and of its column.
-    second = jnp.minimum(of_rows.second, of_columns.second)
-    return Nearest(
-        jnp.where(nearer, label, best.labels),
-        jnp.where(nearer, of_rows.least, best.least),
-        jnp.minimum(jnp.minimum(best.second, second), jnp.maximum(best.least, of_rows.least)),
-    )
+    of_rows, of_columns = (_three_least(x) for x in jax.lax.optimization_barrier(leasts))
+    if len(found.labels) == 1:
+        label = numbers[of_rows.label * width + of_columns.label]
+        second = jnp.minimum(of_rows.second, of_columns.second)
+        found = found._replace(rest=jnp.minimum(found.rest, second))
+        return _with_candidate(found, label, of_rows.least)
+    rows, columns = jax.lax.optimization_barrier((of_rows, of_columns))
+    # NaN is not below anything; it is the least of its row and of its column, and so in `rest`.
+    in_row, in_column = columns.second < rows.second, rows.second < columns.second
+    first = rows.label, columns.label
+    next_row = jnp.where(in_row, rows.label, rows.next_label)
+    next_column = jnp.where(in_column, columns.label, columns.next_label)
+    # With two rows and two columns taken, two more bounds are in both: at the other corners.
+    corners = (rows.label, columns.next_label), (rows.next_label, columns.label)
+    at_corners = [row * width + column for row, column in corners]
+    corners = [bounds[at, jnp.arange(N)] for at in at_corners]
+    if own is not None:
+        taken = [numbers[at] == own for at in at_corners]
+        corners = [jnp.where(is_own, jnp.inf, x) for is_own, x in zip(taken, corners, strict=True)]
+    apart = jnp.minimum(jnp.minimum(rows.third, columns.third), jnp.minimum(*corners))
+    of_row = jnp.minimum(rows.second, columns.third)
+    of_column = jnp.minimum(columns.second, rows.third)
+    rest = jnp.where(in_row, of_row, jnp.where(in_column, of_column, apart))
+    labels = (numbers[row * width + at] for row, at in (first, (next_row, next_column)))
+    second = jnp.minimum(rows.second, columns.second)
+    *labels, second, rest = jax.lax.optimization_barrier((*labels, second, rest))
+    found = found._replace(rest=jnp.minimum(found.rest, rest))
+    found = _with_candidate(found, labels[0], rows.least)
+    # Fused with the first, a CPU would do that one again for each of its results.
+    return _with_candidate(jax.lax.optimization_barrier(found), labels[1], second)
+
+
+class _Least(NamedTuple):
+    """The three lowest of some values, and which the first two are."""
+
+    label: Int[Array, " N"]
+    next_label: Int[Array, " N"]
+    least: Float[Array, " N"]
+    second: Float[Array, " N"]
+    third: Float[Array, " N"]
+
+
+def _three_least(values: Float[Array, "M N"]) -> _Least:
+    none, inf = jnp.zeros(values.shape[1], jnp.int32), jnp.full_like(values[0], jnp.inf)
+    found = _Least(none, none, inf, inf, inf)
+    for i, value in enumerate(values):
+        label, next_label, least, second, third = found
+        lower = value < least
+        found = _Least(
+            jnp.where(lower, i, label),
+            jnp.where(lower, label, jnp.where(value < second, i, next_label)),
+            jnp.where(lower, value, least),
+            jnp.minimum(second, jnp.maximum(least, value)),
+            jnp.minimum(third, jnp.maximum(second, value)),
+        )
+    return found
+
+
+def _with_candidate(
+    found: Candidates, label: Int[Array, " N"], bound: Float[Array, " N"]
+) -> Candidates:
+    """Inserts a candidate where it belongs; the last one then is no longer a candidate."""
+    labels, bounds = list(found.labels), list(found.bounds)
+    for t, (of, at) in enumerate(zip(found.labels, found.bounds, strict=True)):
+        lower = bound < at
+        labels[t], label = jnp.where(lower, label, of), jnp.where(lower, of, label)
+        bounds[t], bound = jnp.where(lower, bound, at), jnp.where(lower, at, bound)
+    return Candidates(tuple(labels), tuple(bounds), jnp.minimum(found.rest, bound))
 
 
 def _in_turn(scores: list[Array], numbers: Any, best: Nearest) -> Nearest:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 from sklearn.datasets import make_blobs
+from sklearn.metrics import pairwise_distances
 
 from xlvlm_jax.solvers import kmeans, kmeans_assignment
 from xlvlm_jax.solvers.compression import SAMPLE
@@ -64,26 +65,48 @@ def test_empty_clusters_move_where_scikit_learn_moves_them():
     np.testing.assert_allclose(ours.components, theirs.cluster_centers_, atol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(2500, 80, 6), (3000, 16, 150)], ids=["by sample", "in blocks"])
-def test_scikit_learns_end_where_a_sample_compresses_or_scores_are_renewed_in_blocks(shape):
+@pytest.mark.parametrize("shape", [(2500, 80, 6), (3000, 16, 150)], ids=["wide", "in blocks"])
+def test_given_centroids_lead_to_scikit_learns_end(shape):
+    """Wide rows would be compressed without centroids; many scores are renewed in blocks."""
     n, d, k = shape
-    Z, truth = make_blobs(n, d, centers=k, cluster_std=3.0, random_state=5)
-    Z = Z.astype(np.float32)
-    enough = n >= kmeans.ENOUGH * SAMPLE * (k + kmeans.BY_SAMPLE)
-    by_sample = enough and 4 * (k + kmeans.OVERSAMPLE) <= d
-    assert by_sample != (k > kmeans_assignment.LARGE)
-    # A row of each true cluster where updates on other columns might end in another optimum.
-    start = Z[np.unique(truth, return_index=True)[1]] if by_sample else Z[:k]
+    Z = make_blobs(n, d, centers=k, cluster_std=3.0, random_state=5)[0].astype(np.float32)
+    start = Z[:k]
     theirs = KMeans(k, init=start, n_init=1, algorithm="lloyd", tol=0).fit(Z)
-    ours = alone(kmeans)(
-        jnp.asarray(Z), KEY, num_samples=n, num_concepts=k, init_centroids=start, tol=0.0
-    )
+    given = {"num_samples": n, "num_concepts": k, "init_centroids": start, "tol": 0.0}
+    ours = alone(kmeans)(jnp.asarray(Z), KEY, **given)
     assert np.mean(labels(ours) == theirs.labels_) > 0.999
     np.testing.assert_allclose(ours.objective, theirs.inertia_, rtol=1e-4)
     assert ours.converged
-    if not by_sample:
-        # Both ways of renewing were taken: all centroids move at first, and few in the end.
-        assert ours.iterations == theirs.n_iter_ > 10
+    # Both ways of renewing were taken: all centroids move at first, and few in the end.
+    assert ours.iterations == theirs.n_iter_ > 2 + 8 * (k > kmeans_assignment.LARGE)
+
+
+def test_given_centroids_are_kept_whole(monkeypatch):
+    """White noise: few columns would hold little of a centroid."""
+    monkeypatch.setattr(kmeans, "is_small", lambda *_: False)
+    rng = np.random.default_rng(9)
+    Z = rng.normal(size=(2500, 80)).astype(np.float32)
+    start = rng.normal(size=(6, 80)).astype(np.float32)
+    sizes = {"num_samples": len(Z), "max_iter": 0}
+    planned = partial(kmeans.plan, KEY, width=80, num_concepts=(6,), **sizes)
+    assert planned()[0].compressed > planned(init_centroids=start)[0].compressed == 0
+    ours = alone(kmeans)(jnp.asarray(Z), KEY, num_concepts=6, init_centroids=start, **sizes)
+    np.testing.assert_allclose(ours.components, start, atol=1e-6)
+    squared = pairwise_distances(Z, start) ** 2
+    np.testing.assert_array_equal(labels(ours), squared.argmin(axis=1))
+    np.testing.assert_allclose(ours.objective, squared.min(axis=1).sum(), rtol=1e-5)
+
+
+def test_rows_compressed_by_a_sample_reach_the_true_clusters(monkeypatch):
+    monkeypatch.setattr(kmeans, "is_small", lambda *_: False)
+    n, d, k = 2500, 80, 6
+    Z, truth = make_blobs(n, d, centers=k, cluster_std=3.0, random_state=5)
+    assert n >= kmeans.ENOUGH * SAMPLE * (k + kmeans.BY_SAMPLE)
+    theirs = KMeans(k, init=np.array([Z[truth == c].mean(axis=0) for c in range(k)])).fit(Z)
+    Z = jnp.asarray(Z, jnp.float32)
+    ours = alone(kmeans)(Z, KEY, num_samples=n, num_concepts=k, tol=0.0)
+    np.testing.assert_allclose(ours.objective, theirs.inertia_, rtol=1e-4)
+    assert len(set(zip(theirs.labels_, labels(ours), strict=True))) == k
 
 
 def test_seeding_finds_separated_clusters():

@@ -115,27 +115,43 @@ def test_labels_and_bounds_after_moves_of_every_size(few, common, blocks, monkey
     assert not blocks or max(far) > 0.5
 
 
+@pytest.mark.parametrize("most", [1, 4, 6])
 @pytest.mark.parametrize("C", [6, 48, 64])
-def test_least_of_a_square_by_numpy(C):
+def test_candidates_of_squares_by_numpy(C, most):
     rng = np.random.default_rng(7)
-    scores, numbers = rng.normal(size=(3, C, 16)).astype(np.float32), rng.permutation(3 * C)
-    own = jnp.asarray(rng.choice(numbers, 16), jnp.int32)
-    best = kmeans_nearest.Nearest.none(16, jnp.float32)
-    for some, of in zip(scores, numbers.reshape(3, C), strict=True):
-        best = kmeans_nearest.compare_square(jnp.asarray(some), best, jnp.asarray(of), own)
-    every = np.where(numbers[:, None] == own, np.inf, scores.reshape(3 * C, 16))
-    np.testing.assert_array_equal(best.labels, numbers[every.argmin(axis=0)])
-    np.testing.assert_array_equal([best.least, best.second], np.sort(every, axis=0)[:2])
-    found = kmeans_nearest.least_of_each(jnp.asarray(every))
-    np.testing.assert_array_equal(found, every.min(axis=1))
+    bounds, numbers = rng.normal(size=(3, C, 64)).astype(np.float32), rng.permutation(3 * C)
+    own = jnp.asarray(rng.choice(numbers, 64), jnp.int32)
+    found = kmeans_nearest.Candidates.none(most, 64, jnp.float32)
+    for some, of in zip(bounds, numbers.reshape(3, C), strict=True):
+        found = kmeans_nearest.compare_square(jnp.asarray(some), found, jnp.asarray(of), own)
+    bounds[numbers.reshape(3, C, 1) == own] = np.inf
+    every = bounds.reshape(3 * C, 64)
+    two = np.argsort(bounds, axis=1)[:, :2] + C * np.arange(3)[:, None, None]
+    two = two.reshape(6, 64)
+    order = np.argsort(np.take_along_axis(every, two, axis=0), axis=0)
+    chosen = np.take_along_axis(two, order, axis=0)[:most]
+    np.testing.assert_array_equal(found.labels, numbers[chosen])
+    np.testing.assert_array_equal(found.bounds, np.take_along_axis(every, chosen, axis=0))
+    others = every.copy()
+    np.put_along_axis(others, chosen, np.inf, axis=0)
+    np.testing.assert_array_equal(found.rest, others.min(axis=0))
+    least = kmeans_nearest.least_of_each(jnp.asarray(every))
+    np.testing.assert_array_equal(least, every.min(axis=1))
 
 
-def test_equal_scores_in_a_square():
-    """Two of four are the least, in different rows and columns: the second is as low."""
-    scores = jnp.array([[3.0], [1.0], [1.0], [4.0]])
-    best = kmeans_nearest.Nearest.none(1, jnp.float32)
-    found = kmeans_nearest.compare_square(scores, best, jnp.arange(4))
-    assert (float(found.least[0]), float(found.second[0])) == (1, 1)
+def test_bounds_of_a_square_with_ties_and_nan():
+    """No centroid is below both its own candidate's bound and the rest."""
+    rng = np.random.default_rng(8)
+    bounds = rng.integers(0, 3, size=(16, 500)).astype(np.float32)
+    none = kmeans_nearest.Candidates.none(2, 500, jnp.float32)
+    found = kmeans_nearest.compare_square(jnp.asarray(bounds), none, jnp.arange(16))
+    low = np.broadcast_to(found.rest, bounds.shape).copy()
+    for label, bound in zip(found.labels, found.bounds, strict=True):
+        np.put_along_axis(low, np.asarray(label)[None], np.asarray(bound)[None], axis=0)
+    assert np.all(low <= bounds)
+    bounds[3, 0] = np.nan
+    found = kmeans_nearest.compare_square(jnp.asarray(bounds), none, jnp.arange(16))
+    assert np.isnan(found.rest[0]) and not np.isnan(found.rest[1:]).any()
 
 
 def test_centroids_that_are_equal_are_told_apart_from_others(few):
@@ -191,7 +207,8 @@ def test_the_result_is_that_of_all_scores(few, width, weighted, monkeypatch):
     Z = jnp.asarray(Z @ np.linalg.qr(rng.normal(size=(width, D)))[0].T.astype(np.float32) + 2)
     monkeypatch.setattr(kmeans, "is_small", lambda *_: False)
     numbers = (K,) if weighted else (K, K - 9)
-    given = {"num_samples": N, "num_concepts": numbers, "tol": 0.0, "init_centroids": Z[:K]}
+    given = {"num_samples": N, "num_concepts": numbers, "tol": 0.0}
+    given |= {} if width > D else {"init_centroids": Z[:K]}
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,)) if weighted else None
     weights = jnp.asarray(rng.uniform(0.5, 2, N), jnp.float32) if weighted else None
     fixed, inputs = kmeans.plan(KEY, width=width, sample_weight=weights, **given)
