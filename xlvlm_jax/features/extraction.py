@@ -1,8 +1,8 @@
 """Extracts features from data with a model: rows of Z for every captured site, batch by batch.
 
 Images are read and preprocessed ahead of the model; while one batch is computed, the previous one
-is written. Only the selected rows leave the device (with "each" row of a word, as many as there are
-positions).
+is written. Only the selected rows leave the device, in as many slots per sample as a selection
+may need (`Selection.rows_at_most`).
 """
 
 import dataclasses

@@ -5,6 +5,8 @@ Words are found by `spelling`; the selections themselves are the pure functions 
 """
 
 import itertools
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -306,6 +308,8 @@ class Selection:
             return self.at_most
         if self.mode in ("index", "token-id") or self.match == "first-token":
             return 1
+        if self.mode in WORD_MODES:
+            return _most_tokens(self.words)
         if self.mode != "range":
             return None
         start, stop = self._range()
@@ -313,3 +317,12 @@ class Selection:
         if stop is None:
             return -start if start < 0 else None
         return max(stop - start, 1) if (start < 0) == (stop < 0) else None
+
+
+def _most_tokens(words: Sequence[str]) -> int | None:
+    """Returns a bound on the tokens that spell one of the words; None if there is none."""
+    if any(len(word.split()) > 1 for word in words):
+        return None  # a space in a word is any white space in a text
+    # A token of a word has a byte of it or more. Capitals may have more bytes than their letters,
+    # and the apostrophe of a text three.
+    return 3 * max(len(unicodedata.normalize("NFD", word).encode()) for word in words)

@@ -159,3 +159,6 @@ def test_bounds_of_rows_per_sample():
         assert Selection.parse(text, how="each").rows_at_most(700) == 1
     first = Selection("class", "dog,cat", how="each", match="first-token")
     assert first.rows_at_most(700) == 1
+    words = [("dog", 9), ("dog,caf\u00e9", 18), ("hot dog", 700)]  # bytes, decomposed
+    for text, most in words:
+        assert Selection("class", text, how="each").rows_at_most(700) == most
