@@ -159,6 +159,8 @@ def test_bounds_of_rows_per_sample():
         assert Selection.parse(text, how="each").rows_at_most(700) == 1
     first = Selection("class", "dog,cat", how="each", match="first-token")
     assert first.rows_at_most(700) == 1
-    words = [("dog", 9), ("dog,caf\u00e9", 18), ("hot dog", 700)]  # bytes, decomposed
-    for text, most in words:
-        assert Selection("class", text, how="each").rows_at_most(700) == most
+    # Three times the bytes of the longest, with its accent as a character of its own.
+    for text, most in (("dog", 9), ("caf\u00e9", 18), ("hot dog", 700)):
+        word = Selection("token-of-interest", text, how="each")
+        assert word.rows_at_most(700) == most
+    assert Selection("class", "dog,caf\u00e9", how="each").rows_at_most(700) == 18
