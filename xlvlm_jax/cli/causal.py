@@ -87,11 +87,13 @@ def causal(
     from xlvlm_jax.concepts.stage import most_active
     from xlvlm_jax.data import select
     from xlvlm_jax.features.reader import samples_of
+    from xlvlm_jax.storage import outputs
 
     require_counts(batch_size=batch_size, num_samples=num_samples, num_concepts=num_concepts)
     learnt = Concepts.load(concepts)
     if (concepts / files.FILE).exists() and not overwrite:
         raise FileExistsError(f"{concepts} already holds {files.FILE}; replace it with --overwrite")
+    outputs.require_writable(concepts)
     places: Any = parse_where(where)
     K = len(learnt.components)
     if wrong := [number for number in concept or () if not 0 <= number < K]:

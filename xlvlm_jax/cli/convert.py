@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from xlvlm_jax.cli.console import Model, console, load_model, spinner
+from xlvlm_jax.storage import outputs
 
 # Files beside the weights that describe them, the processor and the tokenizer.
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model")
@@ -24,6 +25,7 @@ def convert(
     """Convert a checkpoint to Orbax parameters, which a sharded load reads in parts."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists and is not empty; name a new directory")
+    outputs.require_writable(output.parent)
     vlm = load_model(model, dtype)
     with spinner(f"writing {output}"):
         _write(vlm, output)

@@ -53,12 +53,13 @@ def ground(
     """Describe concepts by words and images; writes them into the directory of concepts."""
     from xlvlm_jax import Concepts, Features
     from xlvlm_jax.concepts.stage import ground_concepts
-    from xlvlm_jax.storage import pictures
+    from xlvlm_jax.storage import outputs, pictures
 
     require_counts(num_words=num_words, num_candidates=num_candidates, num_images=num_images)
     learnt = Concepts.load(concepts)
     if learnt.words is not None and not overwrite:
         raise FileExistsError(f"{concepts} already holds words; replace them with --overwrite")
+    outputs.require_writable(concepts)
     source = features or Path(learnt.source.get("features", ""))
     opened = Features.open(source, images=images)
     grounded = ground_concepts(

@@ -247,7 +247,7 @@ def test_a_sweep_removes_nothing_but_a_sweep(xlvlm, run, tmp_path):
     assert vector.is_file()
 
 
-@pytest.mark.parametrize("name", ["evaluate", "steer apply", "decompose", "shift"])
+@pytest.mark.parametrize("name", ["evaluate", "steer apply", "decompose", "shift", "score"])
 def test_a_file_where_a_directory_is_written(xlvlm, run, tmp_path, monkeypatch, name):
     """It was found when all answers were there."""
     monkeypatch.chdir(run)

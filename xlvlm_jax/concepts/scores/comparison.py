@@ -28,7 +28,7 @@ from xlvlm_jax.data import files
 from xlvlm_jax.data.word_rules import Rules
 from xlvlm_jax.features.manifest import model_at
 from xlvlm_jax.features.reader import Features, choose_site
-from xlvlm_jax.storage import atomic, pictures, versions
+from xlvlm_jax.storage import atomic, outputs, pictures, versions
 from xlvlm_jax.storage.names import distinct_ends
 from xlvlm_jax.storage.same_model import require_model
 from xlvlm_jax.storage.tensors import as_bytes
@@ -237,12 +237,14 @@ def score_run(
 
 
 def require_no_scores(directory: Path, overwrite: bool) -> None:
-    """Checks, before any work, that no scores would be overwritten.
+    """Checks, before any work, that no scores would be overwritten, and that they can be written.
 
     Raises:
-        FileExistsError: scores.json already has scores of dictionaries.
+        FileExistsError: scores.json already has scores of dictionaries, or the directory is a file.
         ValueError: scores.json is not a JSON object.
+        OSError: the directory can't be written.
     """
+    outputs.require_writable(directory)
     if "dictionaries" in _known(directory) and not overwrite:
         raise FileExistsError(
             f"{directory / FILE} already has scores of dictionaries; choose another output, or "
