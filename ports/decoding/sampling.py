@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ports.decoding import generation_config
+from ports.parallel import sharding
 from ports.tracing import is_traced
 
 Array = jax.Array
@@ -99,7 +100,8 @@ def draw(logits: Array, sampling: Sampling, step: Array) -> Array:
     """Draws one token per row.
 
     Args:
-        logits: float[B, V].
+        logits: float[B, V]; computed with in float32, as few values of bfloat16 are near 1 and most
+            draws would be of the first tokens.
         sampling: the key, the temperature and the filters.
         step: int32[]; every step uses different randomness.
 
@@ -111,6 +113,8 @@ def draw(logits: Array, sampling: Sampling, step: Array) -> Array:
             or is not a single number.
     """
     key = jax.random.fold_in(sampling.key, step)
+    if jnp.finfo(logits.dtype).bits < 32:
+        logits = logits.astype(jnp.float32)
     return jax.random.categorical(key, keep_likely(logits, sampling))
 
 
@@ -123,6 +127,8 @@ def keep_likely(logits: Array, sampling: Sampling) -> Array:
     check_values(sampling)
     sampling = without_idle(sampling)
     logits = logits / sampling.temperature
+    if any(getattr(sampling, name) is not None for name in ("top_k", "top_p", "typical_p")):
+        logits = sharding.whole_vocabulary(logits)
     if sampling.top_k is not None or sampling.top_p is not None:
         logits = _keep(logits, _is_likely(logits, sampling.top_k, sampling.top_p))
     if sampling.min_p is not None:

@@ -84,7 +84,9 @@ class Projector(nn.Module):
         images, _, width = features.shape
         grid = features.reshape(images, cfg.vision.side, cfg.vision.side, width)
         pool = (cfg.pool, cfg.pool)
-        pooled = nn.avg_pool(grid, pool, strides=pool).reshape(images, -1, width)
+        # In bfloat16 the sum of a square would be rounded after each patch.
+        pooled = nn.avg_pool(grid.astype(jnp.float32), pool, strides=pool)
+        pooled = pooled.reshape(images, -1, width).astype(features.dtype)
         norm = layers.OffsetRMSNorm(cfg.vision.norm_eps, self.dtype, name="mm_soft_emb_norm")
         kernel = self.param(
             "mm_input_projection_weight",

@@ -390,5 +390,17 @@ def whole_width(x: jax.Array) -> jax.Array:
 
 def logits(x: jax.Array) -> jax.Array:
     """Constrains x[..., V] to be sharded by vocabulary, and by rows if it has a batch axis."""
-    first = () if x.ndim == 1 else ("batch", *(None,) * (x.ndim - 2))
-    return constrain(x, *first, "vocab")
+    return _along(x, "vocab")
+
+
+def whole_vocabulary(x: jax.Array) -> jax.Array:
+    """Constrains logits x[..., V] to have all V on each device, for work along the vocabulary.
+
+    A cumulative sum along an axis that devices share is a window as long as the axis, whose cost
+    grows with its square.
+    """
+    return _along(x, "embed")
+
+
+def _along(x: jax.Array, last: str) -> jax.Array:
+    return constrain(x, *(() if x.ndim == 1 else ("batch", *(None,) * (x.ndim - 2))), last)

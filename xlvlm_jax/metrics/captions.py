@@ -34,7 +34,9 @@ def caption_scores(
     and values for different sets of images are not comparable. It is the mean over sequences of one
     to four words, each 10 if a caption and all its references agree, and 0 if the caption has none.
     A caption that equals all its references scores 10 with four or more words, 7.5 with three, 5
-    with two, and 2.5 with one (less if no sequence of some length is rare).
+    with two, and 2.5 with one (less if no sequence of some length is rare). ROUGE-L takes the best
+    precision and the best recall over an image's references, as pycocoevalcap does, so it can be
+    above that of any single reference.
 
     Args:
         captions: one per image.

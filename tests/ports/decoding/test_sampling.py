@@ -185,3 +185,11 @@ def test_follows_the_softmax(values, expected):
     # Five standard deviations of a share: one run in 10^5 would miss it by chance.
     expected = np.array(expected)
     assert (np.abs(got - expected) <= 5 * np.sqrt(expected * (1 - expected) / rows)).all()
+
+
+def test_low_precision_draws_as_float32_does():
+    """Of 2,000 equal logits, draws in bfloat16 would be of the first few hundred."""
+    logits = jnp.zeros((500, 2000), jnp.bfloat16)
+    drawn = draw(logits, ports.Sampling(KEY), 0)
+    np.testing.assert_array_equal(drawn, draw(logits.astype(jnp.float32), ports.Sampling(KEY), 0))
+    assert 700 < np.mean(drawn) < 1300

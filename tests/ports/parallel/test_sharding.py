@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 import ports
 from ports import checkpoint
 from ports.checkpoint import orbax_io
+from ports.decoding.sampling import keep_likely
 from ports.models import idefics2, llava
 from ports.models.molmo import model as molmo
 from ports.models.qwen2_vl import model as qwen2_vl
@@ -221,6 +222,24 @@ class TestConstrain:
             text = jax.jit(sharding.whole_width).lower(np.ones((2, 3, 4))).as_text()
         assert "sharding_constraint %arg0 <@mesh, [{?}, {?}, {}]>" in text
 
+    def test_a_whole_vocabulary_where_its_tokens_are_ordered(self):
+        """A cumulative sum along an axis that devices share would be a window as long as it."""
+        key, x = jax.random.key(0), np.ones((2, 104), np.float32)
+        with sharding.on(ports.make_mesh(1)):
+            text = {
+                name: jax.jit(
+                    lambda x, name=name: keep_likely(x, ports.Sampling(key, **{name: 0.5}))
+                )
+                .lower(x)
+                .as_text()
+                for name in ("top_p", "typical_p", "min_p")
+            }
+        assert [name for name, of in text.items() if "sharding_constraint" in of] == [
+            "top_p",
+            "typical_p",
+        ]
+        assert '[{"data"}, {}]>' in text["top_p"]
+
     def test_the_mesh_ends_with_the_context(self):
         with pytest.raises(KeyError), sharding.on(ports.make_mesh(1)):
             raise KeyError
@@ -394,6 +413,7 @@ MORE = """
     import jax, jax.numpy as jnp, numpy as np
     import ports
     from ports.checkpoint import orbax_io
+from ports.decoding.sampling import keep_likely
     from pathlib import Path
 
     directory, inputs, work = sys.argv[1:]
