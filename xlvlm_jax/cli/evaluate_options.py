@@ -145,8 +145,8 @@ def reading_of(task: str | None, dataset: str, split: str | None, negatives: str
         dataset: what `dataset_of` returns.
 
     Raises:
-        ValueError: negatives are chosen for another data set than drawn scenes, or a split of AMBER
-            that the task can't be measured on.
+        ValueError: negatives are chosen for another data set than drawn scenes or for captions, or
+            a split of AMBER that the task can't be measured on.
     """
     if negatives != "all" and dataset != "scenes":
         raise ValueError(
@@ -165,6 +165,8 @@ def reading_of(task: str | None, dataset: str, split: str | None, negatives: str
     if dataset == "amber" and split == "generative":
         raise ValueError("AMBER's split generative has no questions; give --task chair too")
     if dataset == "scenes":
+        if negatives != "all" and task in ("chair", "captions"):
+            raise ValueError("--negatives has no effect on captions; omit it")
         asked = "captions" if task in ("chair", "captions") else "all"
         return {"split": chosen, "ask": asked, "negatives": negatives}
     return {"split": chosen}

@@ -52,3 +52,5 @@ def test_the_split_is_named():
     defaults = {"vqav2": "train", "coco": "train", "scenes": "train", "mmsb": "all", "amber": "all"}
     assert {name: reading_of(None, name, None, "all")["split"] for name in defaults} == defaults
     assert reading_of(None, "vqav2", "val", "all") == {"split": "val"}
+    with pytest.raises(ValueError, match="--negatives has no effect on captions; omit it"):
+        reading_of("chair", "scenes", None, "random")

@@ -1,6 +1,7 @@
 """What `xlvlm evaluate` prints and stores for each kind of data; answers come from a file."""
 
 import dataclasses
+import io
 import json
 import math
 import re
@@ -391,3 +392,13 @@ def test_the_report_shows_the_scores_of_the_bench():
     ]
     assert figures == {"plain": ["100.0"] * 4 + ["50.0", "50.0", "25.0", "–", "12.0"]}
     assert steering_section._title({"kind": "captions", "words": []}) == "Captions"
+
+
+@pytest.mark.parametrize(("metric", "told"), [("POPE", True), ("AMBER", False)])
+def test_what_protocols_read_differently_is_told_once(metric, told):
+    """AMBER's questions have both tables, and its official protocol reads in another way."""
+    scores = {each: {"plain": {"accuracy": 1.0}} for each in ("POPE", "AMBER")}
+    measured = {**scores, "read differently": {"count": 1, "examples": ["NO"]}}
+    console = Console(record=True, file=io.StringIO())
+    evaluate_tables._show_protocols(metric, {"plain": measured}, console)
+    assert ("differently" in console.export_text()) == told

@@ -162,3 +162,17 @@ def test_the_pages_of_maps_and_explanations_show_their_pictures(open_page, sampl
         for width in (320, 1200):
             page.set_viewport_size({"width": width, "height": 800})
             assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_tables_are_sorted_by_their_numbers(open_page, report, tmp_path):
+    """Small and large numbers were read up to their exponent or their first space."""
+    cells = ["0.01", "12\u202f345", "–", "1.2e-04", "3.5", "-2"]
+    rows = "".join(f"<tr><th>row</th><td>{cell}</td></tr>" for cell in cells)
+    head = "<thead><tr><th></th><th>x ↑</th></tr></thead>"
+    table = f'<table class="scores" id="own">{head}{rows}</table>'
+    path = tmp_path / "sorted.html"
+    path.write_text(report.read_text("utf-8").replace("<main", f"{table}<main", 1), "utf-8")
+    page = open_page(path)
+    page.locator("#own th button").click()
+    found = page.locator("#own td").all_text_contents()
+    assert found == ["12\u202f345", "3.5", "0.01", "1.2e-04", "-2", "–"]

@@ -11,6 +11,7 @@ import pytest
 from xlvlm_jax.causal import CausalRecord, CausalScores
 from xlvlm_jax.causal.record import save
 from xlvlm_jax.concepts.record import Concepts
+from xlvlm_jax.report import page as page_module
 from xlvlm_jax.report import write_report
 
 VOID = {"meta", "img", "link", "input", "br", "hr"}
@@ -300,3 +301,11 @@ def test_many_concepts_are_shown_in_short(write_run, activations, tmp_path):
     assert "not shown in full" not in whole
     with pytest.raises(ValueError, match="num_concepts must be at least 1, got 0"):
         write_report(run, tmp_path / "none.html", num_concepts=0)
+
+
+def test_settings_name_vectors_without_their_folders():
+    """A page that is shared told where the files were."""
+    steering = {"vectors": ["/home/me/run/v.safetensors"], "alpha": 2.0}
+    shown = page_module._without_folders({"model": "m", "steering": steering})
+    assert shown == {"model": "m", "steering": {"vectors": ["v.safetensors"], "alpha": 2.0}}
+    assert page_module._without_folders({"model": "m"}) == {"model": "m"}
