@@ -92,10 +92,25 @@ def compress_by_sample(
 
     The sample has `sample` rows per direction; `rounds` are those of `directions_of_sample`.
     """
+    mean = None if centre is None else centre.mean
+    basis = basis_of_sample(Z, key, width, num_samples, rows, mean, sample, rounds)
+    return Compressed(basis, _in(Z, basis, centre))
+
+
+def basis_of_sample(
+    Z: Float[Array, "N D"],
+    key: PRNGKeyArray,
+    width: int,
+    num_samples: Int[Array, ""] | int,
+    rows: Rows = ONE_DEVICE,
+    mean: Float[Array, " D"] | None = None,
+    sample: int = SAMPLE,
+    rounds: int = 1,
+) -> Float[Array, "D R"]:
+    """Returns the directions of `compress_by_sample`."""
     row_key, key = jax.random.split(key)
     X = rows.take(Z, draw_rows(row_key, num_samples, sample * width, len(Z), rows))
-    basis = directions_of_sample(X if centre is None else X - centre.mean, key, width, rounds)
-    return Compressed(basis, _in(Z, basis, centre))
+    return directions_of_sample(X if mean is None else X - mean, key, width, rounds)
 
 
 def _once(product: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -51,6 +51,7 @@ from xlvlm_jax.solvers.kmeans_nearest import (
 )
 from xlvlm_jax.solvers.linalg import matmul
 from xlvlm_jax.solvers.loop import largest_of_runs
+from xlvlm_jax.solvers.sums import block_of
 
 # Columns of the product that rules centroids out, R + 2: more cost more than they rule out. At most
 # this share of the columns of Z.
@@ -140,8 +141,21 @@ def of_sample(
     sample = compression.SAMPLE, 1
     if len(Z) >= MANY_ROWS:
         sample = MORE * compression.SAMPLE, ROUNDS
-    found = compression.compress_by_sample(Z, key, R, num_samples, rows, centre, *sample)
-    return of_basis(found.basis, found.X, energy, terms_of_mean)
+    basis = compression.basis_of_sample(Z, key, R, num_samples, rows, centre.mean, *sample)
+    basis = _shrinking(basis) * basis
+    N, size = len(Z), min(ROWS, len(Z))
+
+    # In one pass: each array of N S numbers that is made on the way takes a CPU as long as the
+    # product.
+    def block(i: Array, found: Array) -> Array:
+        first = jnp.minimum(i * size, N - size)  # the last block overlaps
+        z, squares, real = (block_of(x, first, size) for x in (Z, energy, centre.real))
+        X = real[:, None] * matmul(z - centre.mean, basis)
+        some = _sides_of_rows(X, squares, terms_of_mean)
+        return jax.lax.dynamic_update_slice_in_dim(found, some, first, 0)
+
+    found = jnp.zeros((N, R + 2), energy.dtype)
+    return Leading(basis, jax.lax.fori_loop(0, -(-N // size), block, found))
 
 
 def of_basis(
@@ -158,12 +172,22 @@ def of_basis(
         energy: float[N], |z - m|^2.
         terms_of_mean: the mean's share of the terms of a product, for the rounding error of X.
     """
-    # The inequality holds for all B with |B B^T| <= 1.
+    by = _shrinking(basis)
+    return Leading(by * basis, _sides_of_rows(by * X, energy, terms_of_mean))
+
+
+def _shrinking(basis: Float[Array, "D R"]) -> Float[Array, ""]:
+    """Returns by what to multiply B: the inequality holds for all B with |B B^T| <= 1."""
     rounding = matmul(basis.T, basis) - jnp.eye(basis.shape[1], dtype=basis.dtype)
-    shrunk = 1 / jnp.sqrt(1 + jnp.linalg.norm(rounding))
-    rows = _with_rest(shrunk * X, energy, energy + terms_of_mean)
+    return 1 / jnp.sqrt(1 + jnp.linalg.norm(rounding))
+
+
+def _sides_of_rows(
+    X: Float[Array, "M R"], energy: Float[Array, " M"], terms_of_mean: Float[Array, ""]
+) -> Float[Array, "M S"]:
+    rows = _with_rest(X, energy, energy + terms_of_mean)
     # The last column multiplies the summand of a centroid, so that a product is a whole bound.
-    return Leading(shrunk * basis, jnp.concatenate([rows, jnp.ones_like(rows[:, :1])], axis=1))
+    return jnp.concatenate([rows, jnp.ones_like(rows[:, :1])], axis=1)
 
 
 def nothing(leading: Leading, K: int) -> Known:
