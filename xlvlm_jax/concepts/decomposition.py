@@ -471,8 +471,10 @@ def memory_needed(
     rows = bucket_of_rows(N, D) if mesh is None else N + -N % mesh.shape["data"]
     Z = jax.ShapeDtypeStruct((rows, D), dtype, sharding=sharding)
     arguments = how.options(options)
-    for name in ("init", RELATIVE):
-        arguments.pop(name, None)
+    arguments.pop(RELATIVE, None)
+    if arguments.pop("init", None) is not None and how.init is not None:
+        # Given centroids lead to another program.
+        arguments[how.init] = np.zeros((num_concepts, D), np.float32)
     if not activations:
         arguments["activations"] = False
     counts = {"num_samples": N, "num_concepts": (num_concepts,), "mesh": mesh}

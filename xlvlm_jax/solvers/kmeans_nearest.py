@@ -152,6 +152,9 @@ def compare_square(
         taken = [numbers[at] == own for at in at_corners]
         corners = [jnp.where(is_own, jnp.inf, x) for is_own, x in zip(taken, corners, strict=True)]
     apart = jnp.minimum(jnp.minimum(rows.third, columns.third), jnp.minimum(*corners))
+    # With one bound below Inf, the places of the next row and column mean nothing.
+    is_alone = (rows.second == jnp.inf) & (columns.second == jnp.inf)
+    apart = jnp.where(is_alone, jnp.inf, apart)
     of_row = jnp.minimum(rows.second, columns.third)
     of_column = jnp.minimum(columns.second, rows.third)
     rest = jnp.where(in_row, of_row, jnp.where(in_column, of_column, apart))

@@ -413,7 +413,6 @@ MORE = """
     import jax, jax.numpy as jnp, numpy as np
     import ports
     from ports.checkpoint import orbax_io
-from ports.decoding.sampling import keep_likely
     from pathlib import Path
 
     directory, inputs, work = sys.argv[1:]

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,14 @@ def test_kmeans_without_activations():
     assert sizes[1] < 0.75 * sizes[0]
     with pytest.raises(ValueError, match=r"^'pca' computes its activations .*; omit"):
         quick(rows(), "pca", activations=False)
+
+
+def test_memory_from_given_centroids():
+    """Their program takes them as an argument."""
+    needed = partial(concepts.memory_needed, (64, 8), 3, "kmeans", activations=False)
+    given = needed(init=np.ones((3, 8)))
+    assert given > 64 * 8 * 4
+    assert given != needed()
 
 
 def test_a_single_centroid_is_found_every_time():

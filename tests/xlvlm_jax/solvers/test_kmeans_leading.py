@@ -139,6 +139,19 @@ def test_candidates_of_squares_by_numpy(C, most):
     np.testing.assert_array_equal(least, every.min(axis=1))
 
 
+def test_one_centroid_in_a_square_leaves_nothing_else():
+    """At every place, also beside the row's own."""
+    alone = jnp.where(jnp.eye(16) > 0, 1.0, jnp.inf)
+    numbers, none = jnp.arange(16), kmeans_nearest.Candidates.none(4, 16, jnp.float32)
+    found = kmeans_nearest.compare_square(alone, none, numbers)
+    np.testing.assert_array_equal(found.labels[0], numbers)
+    assert (found.bounds[0] == 1).all() and (found.rest == jnp.inf).all()
+    own = jnp.roll(numbers, 1)
+    found = kmeans_nearest.compare_square(alone.at[own, numbers].set(0), none, numbers, own)
+    np.testing.assert_array_equal(found.labels[0], numbers)
+    assert (found.bounds[0] == 1).all() and (found.rest == jnp.inf).all()
+
+
 def test_bounds_of_a_square_with_ties_and_nan():
     """No centroid is below both its own candidate's bound and the rest."""
     rng = np.random.default_rng(8)
