@@ -3,10 +3,11 @@
     python -m benchmarks.solvers.page          # benchmarks/results/*.json -> benchmarks/solvers.md
     python -m benchmarks.solvers.page --results kmeans.json snmf.json pca.json
 
-Several files of `benchmarks.solvers` make one table; a case in two of them is that of the last. A
-table or plot whose results are not there stays as it is on the page. Figures of a TPU v5e and an
-H100 are computed, not measured: an update takes the longer of reading Z once (PCA: once for each of
-its blocks) and doing its products with Z, at the rates that the makers give.
+Several files of `benchmarks.solvers` make one table; a case in two of them is that of the last, and
+a case in none that of the page. Another table or plot whose results are not there stays as it is.
+Figures of a TPU v5e and an H100 are computed, not measured: an update takes the longer of reading Z
+once (PCA: once for each of its blocks) and doing its products with Z, at the rates that the makers
+give.
 """
 
 import argparse
@@ -32,6 +33,7 @@ COMPARED += [
     "share of limit",
     "beyond Z",
 ]
+CASE = ("method", "data", "N", "D", "K", "peer")
 GROWN = ["method", "grows", "ms", "r²", "exponent", "beyond Z"]
 READING = """# The solvers, measured
 
@@ -247,21 +249,24 @@ def worse(table: str) -> str:
 # Results.
 
 
-def merged(files: list[Path]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def merged(files: list[Path], page: str = "") -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Returns the machine of several runs of `benchmarks.solvers`, and the last row of each case.
+
+    Args:
+        files: that `benchmarks.solvers` wrote.
+        page: whose rows are kept of cases that are in none of the files.
 
     Raises:
         SystemExit: a file is not there, or has no such results.
     """
     machine: dict[str, Any] = {}
-    rows: dict[tuple, dict[str, Any]] = {}
+    rows = {tuple(row[name] for name in CASE): row for row in compared(page) if files}
     for file in files:
         try:
             found = json.loads(file.read_text())
             machine |= {name: value for name, value in found["machine"].items() if value}
             for row in found["rows"]:
-                case = (row[name] for name in ("method", "data", "N", "D", "K", "peer"))
-                rows[tuple(case)] = row
+                rows[tuple(row[name] for name in CASE)] = row
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SystemExit(
                 f"{file}: no results of benchmarks.solvers ({type(error).__name__}: {error}); give "
@@ -270,6 +275,29 @@ def merged(files: list[Path]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     # By method, in the order in which they were measured.
     ordered = sorted(rows.values(), key=lambda row: drawing.METHODS.index(drawing.method_of(row)))
     return machine, ordered
+
+
+def compared(page: str) -> list[dict[str, Any]]:
+    """Returns the rows of the table of `comparison` on a page, as rounded there; [] without one."""
+    heading = "| " + " | ".join(COMPARED) + " |"
+    if heading not in page:
+        return []
+    rows = []
+    for line in standing(page, COMPARED).splitlines()[2:]:
+        cells = dict(zip(COMPARED, line.strip("| ").split(" | "), strict=True))
+        N, D, K = (int(part.strip("[] ")) for part in cells["Z, K"].split(","))
+        rows.append(
+            {name: cells[name] for name in ("method", "data", "peer")}
+            | {"N": N, "D": D, "K": K, "peer_seconds": float(cells["peer s"])}
+            | {"seconds_to_peer": float(cells["ours s to its objective"])}
+            | {"times_faster_to_peer": float(cells["times faster"])}
+            | {"seconds": float(cells["ours s to the end"])}
+            | {"objective_ratio": float(cells["objective ours / peer"])}
+            | {"update_seconds": float(cells["update ms"]) / 1e3}
+            | {"share_of_limit": float(cells["share of limit"].rstrip(" %")) / 100}
+            | {"beyond_Z": float(cells["beyond Z"].rstrip(" %")) / 100}
+        )
+    return rows
 
 
 def _rows_of(file: Path) -> list[dict[str, Any]]:
@@ -313,7 +341,7 @@ def main() -> None:
     arguments = parser.parse_args()
     path = arguments.output / "solvers.md"
     old = path.read_text() if path.exists() else ""
-    machine, rows = merged(arguments.results or sorted(results.glob("solvers*.json")))
+    machine, rows = merged(arguments.results or sorted(results.glob("solvers*.json")), old)
     measured = {
         name: _rows_of(getattr(arguments, name)) for name in ("growth", "resources", "parts")
     }

@@ -222,6 +222,12 @@ def test_page_of_several_runs(monkeypatch, tmp_path):
     for name in ("growth", "resources", "parts"):
         (tmp_path / f"{name}.json").unlink()
     assert written(monkeypatch, tmp_path, first, second) == text
+    # And so do cases that were not measured again.
+    slower = results(tmp_path / "c.json", [ROW | {"peer": "faiss", "peer_seconds": 3.0}])
+    again = written(monkeypatch, tmp_path, slower)
+    assert "| kmeans | [100, 8], 4 | planted | faiss | 3.00 |" in again
+    of_others = [line for line in text.splitlines() if line.startswith(("| kmeans", "| pca"))]
+    assert sum(line in again for line in of_others) == len(of_others) - 1
 
 
 def test_page_without_results(monkeypatch, tmp_path):
