@@ -11,8 +11,8 @@ plain      As a person would: the first word that says yes or no counts. "False"
            yes or no in their sentence says; without one, they say yes, and no after a negation in
            their clause or directly before one ("indeed not", "correct, there isn't one"). "That's
            true" also says no after a negation in the clauses before it. Without such a word, a
-           negation anywhere ("not", "nobody", "zero", "isnt") means no, but not in a tag (", isn't
-           it?"). An answer without a letter is neither: it is wrong, and not a yes.
+           negation anywhere ("not", "nobody", "isnt", "zero dogs") means no, but not in a tag
+           (", isn't it?"). An answer without a letter is neither: it is wrong, and not a yes.
 
 XL-VLMs reads no answer: it asks whether the label is in an answer's first 15 characters, see
 `label_at_start`.
@@ -33,10 +33,19 @@ _SAYING = re.compile(
     r"|(?P<agrees>true|correct|indeed))\b"
 )
 _SENTENCE_END = re.compile(r"[.!?]+(?:\s|$)|\n")
-_NEGATIVE = "not|none|nothing|nobody|nowhere|never|cannot|neither|without|absent|zero"
-# "isn't", and "isnt" as some write it.
+# "Zero" before a plural, after "there is" and as the answer; not "zero-calorie" or "the zero".
+_ZERO = (
+    r"(?<!\ba )(?<!\bthe )zero(?=\s+(?:(?!was\b|has\b|does\b)\w{2,}s|people|men|women|children)\b)"
+    r"|(?:(?<=\bthere is )|(?<=\bthere are )|(?<=\bthere['\u2019]s ))zero(?![-\u2010\u2011])"
+    r"|(?<!\w)(?<!\w\W)zero(?=\W*$|\s+(?:of|in)\b)"
+)
+_NEGATIVE = (
+    "not|none|nothing|nobody|nowhere|never|cannot|neither|without"
+    rf"|(?<!\ban )(?<!\bthe )absent(?![-\u2010\u2011])|{_ZERO}"
+)
+# "isn't", "is n't" of a text split into words, and "isnt" as some write it.
 _CONTRACTED = (
-    r"(?:\w+n['\u2019]t"
+    r"(?:\w+\s?n['\u2019]t"
     r"|(?:ai|are|ca|could|did|does|do|had|has|have|is|should|was|were|wo|would)nt)\b"
 )
 _NEGATION = re.compile(rf"\b(?:(?:{_NEGATIVE})\b|{_CONTRACTED})")
