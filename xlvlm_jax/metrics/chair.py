@@ -62,9 +62,10 @@ _UNDONE = {
 }
 # Plurals as people write them: of these words, and of words with these endings.
 _OF_WORDS = {"person": "people", "ox": "oxen"}
-_OF_WORDS |= {
-    word: f"{word}s" for word in ("human", "ottoman", "german", "roman", "caiman", "talisman")
-}
+# Words that end so by chance.
+_BY_CHANCE = """bigfoot, bluetooth, brahman, caiman, cayman, german, human, mongoose, norman,
+    ottoman, roman, shaman, superhuman, talisman, tenderfoot"""
+_OF_WORDS |= {word: f"{word}s" for word in re.split(r",\s+", _BY_CHANCE)}
 _OF_ENDINGS = {
     **{"man": "men", "child": "children", "goose": "geese", "mouse": "mice"},
     **{"tooth": "teeth", "foot": "feet", "knife": "knives", "wife": "wives", "life": "lives"},
@@ -80,6 +81,11 @@ _OF_ENDINGS = {
 # Of these the regular plural is usual as well, or the only one that some write.
 _ALSO_REGULAR = ("person", "scarf", "hoof", "mouse")
 _ALWAYS_PLURAL = {"people", "children", "oxen", "cattle", "scissors", "skis"}
+_WITHOUT_PLURAL = _ALWAYS_PLURAL | {
+    *("binoculars", "clothes", "glasses", "goggles", "headphones", "jeans", "pajamas", "pants"),
+    *("pliers", "pyjamas", "shorts", "sunglasses", "tights", "tongs", "trousers", "tweezers"),
+    *("behalf", "nightlife", "wildlife"),
+}
 
 
 class ChairScore(NamedTuple):
@@ -280,13 +286,17 @@ def _undone_plurals(word: str) -> list[str]:
 
 
 def plurals(word: str) -> list[str]:
-    """Returns the plural of a word as people write it; both, where there are two.
+    """Returns the plural of a word as people write it; both, where there are two, or none.
 
     Examples:
         >>> from xlvlm_jax.metrics.chair import plurals
         >>> plurals("cow"), plurals("scarf"), plurals("buffalo")
         (['cows'], ['scarves', 'scarfs'], ['buffalos', 'buffaloes'])
+        >>> plurals("scissors"), plurals("wildlife")
+        ([], [])
     """
+    if word in _WITHOUT_PLURAL:
+        return []
     if word in _OF_WORDS:
         found = [_OF_WORDS[word]]
     else:

@@ -65,6 +65,8 @@ def test_plurals_as_people_write_them():
         **{"human": ["humans"], "tooth": ["teeth"], "shelf": ["shelves"], "bus": ["buses"]},
         **{"scarf": ["scarves", "scarfs"], "roof": ["roofs"], "giraffe": ["giraffes"]},
         **{"box": ["boxes"], "ox": ["oxen"], "penknife": ["penknives"], "fly": ["flies"]},
+        **{"mongoose": ["mongooses"], "shaman": ["shamans"], "wildlife": [], "scissors": []},
+        **{"goose": ["geese"], "dormouse": ["dormice"], "glasses": []},
     }
     assert {word: plurals(word) for word in of} == of
 
