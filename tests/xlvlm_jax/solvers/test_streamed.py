@@ -120,6 +120,27 @@ def test_a_bad_row_is_named(tmp_path, small_tiles, method):
         decompose_stored(store(tmp_path / "Z", Z), K, method, key=KEY)
 
 
+class NumberedByNumpy:
+    """Tiles that begin at numpy's integers, as a `Source` of a user's may yield."""
+
+    def __init__(self, Z):
+        self.Z, self.shape = Z, Z.shape
+
+    def tiles(self, count):
+        for start in np.arange(0, len(self.Z), count):
+            yield start, self.Z[start : start + count]
+
+    def take(self, numbers):
+        return self.Z[numbers]
+
+
+def test_a_bad_row_is_named_where_numpy_counts_rows(small_tiles):
+    Z = planted()
+    Z[130, 3] = np.nan
+    with pytest.raises(ValueError, match="NaN or Inf in row 130,"):
+        tiles.scale_of(NumberedByNumpy(Z), exact=True)
+
+
 def test_what_cannot_be_streamed(tmp_path):
     source = store(tmp_path / "Z", planted())
     with pytest.raises(ValueError, match="'simple' can't be streamed; expected one of snmf"):

@@ -104,10 +104,11 @@ def scale_of(source: Source, exact: bool = False) -> Scale:
         return Scale(1.0, float(energy**0.5))
     largest = total = 0.0
     size = max(TILE_BYTES // (4 * D), 1)
-    for start, values in source.tiles(size):
+    for number, values in source.tiles(size):
+        start = int(number)  # numpy's of some sources
         wide = check_block(values, (min(size, N - start), D), start).astype(np.float64)
         squares = np.sum(wide**2, axis=1)
-        _check_finite(squares, start)
+        _check_finite(squares, start + np.arange(len(squares)))
         largest, total = max(largest, float(np.abs(wide).max())), total + float(squares.sum())
     return Scale(unit_for(largest, total), (total / max(N, 1)) ** 0.5)
 
@@ -131,7 +132,8 @@ def tiles(source: Source) -> Iterator[Tile]:
     size = min(max(TILE_BYTES // (4 * D), 1), source.shape[0])
     real = jnp.ones(size, jnp.float32)
     following = 0
-    for start, values in source.tiles(size):
+    for number, values in source.tiles(size):
+        start = int(number)
         values = check_block(values, (min(size, source.shape[0] - start), D), start)
         if start != following:
             raise ValueError(
@@ -208,14 +210,13 @@ def check_rows(tile: Tile, squares: Float[Array, " B"]) -> None:
     )
 
 
-def _check_finite(of_rows: Float[np.ndarray, " B"], first: int | Int[np.ndarray, " B"]) -> None:
-    """Raises ValueError if a number of rows, of which the first has this number, is not finite."""
+def _check_finite(of_rows: Float[np.ndarray, " B"], numbers: Int[np.ndarray, " B"]) -> None:
+    """Raises ValueError if a value of these rows is not finite; names the first such row."""
     bad = np.flatnonzero(~np.isfinite(of_rows))
     if bad.size:
-        number = int(first + bad[0] if isinstance(first, int) else first[bad[0]])
         raise ValueError(
-            f"Z has NaN or Inf in row {number}, or values beyond float32; drop these rows or fix "
-            "their source"
+            f"Z has NaN or Inf in row {numbers[bad[0]]}, or values beyond float32; drop these rows "
+            "or fix their source"
         )
 
 
