@@ -26,6 +26,8 @@ from xlvlm_jax.cli.console import (
 if TYPE_CHECKING:
     from xlvlm_jax.concepts.explain import SampleExplanation
     from xlvlm_jax.concepts.record import Concepts
+    from xlvlm_jax.data.sample import Sample
+    from xlvlm_jax.features.reader import Features
 
 
 def explain(
@@ -67,9 +69,8 @@ def explain(
 ) -> None:
     """Explain one sample by its concepts: words, pictures and, with a model, maps and effects."""
     from xlvlm_jax import Concepts, Features
-    from xlvlm_jax.concepts.explain import explain_picture, explain_sample, stored_sample
-    from xlvlm_jax.data import prompts
-    from xlvlm_jax.data.sample import Sample
+    from xlvlm_jax.concepts.explain import explain_picture, explain_sample
+    from xlvlm_jax.concepts.removal import require_directions
     from xlvlm_jax.report.explain_page import write_explanation
     from xlvlm_jax.report.sample_figure import plot_sample
 
@@ -96,13 +97,8 @@ def explain(
         assert opened is not None
         explained = explain_sample(opened, learnt, sample, num_concepts=num_concepts, site=site)
     else:
-        if is_file:
-            path = Path(sample)
-            asked = Sample(sample, path, path.name, prompts.CAPTION if prompt is None else prompt)
-        else:
-            assert opened is not None
-            asked = stored_sample(opened, sample)
-            asked = asked if prompt is None else dataclasses.replace(asked, prompt=prompt)
+        require_directions(learnt)
+        asked = _asked(sample, prompt, None if is_file else opened)
         selection = {} if opened is None else opened.manifest.get("selection") or {}
         vlm = load_model(model, dtype_of(dtype, opened), adapter=adapter)
         with progress_bars() as progress:
@@ -123,6 +119,19 @@ def explain(
         else:
             plot_sample(explained, output)
         console.print(f"-> {output}")
+
+
+def _asked(sample: str, prompt: str | None, features: "Features | None") -> "Sample":
+    """Returns what the model is asked: about an image file, or a sample of features."""
+    from xlvlm_jax.concepts.explain import stored_sample
+    from xlvlm_jax.data import prompts
+    from xlvlm_jax.data.sample import Sample
+
+    if features is None:
+        path = Path(sample)
+        return Sample(sample, path, path.name, prompts.CAPTION if prompt is None else prompt)
+    asked = stored_sample(features, sample)
+    return asked if prompt is None else dataclasses.replace(asked, prompt=prompt)
 
 
 def _require_concepts(context: typer.Context, model: str) -> None:

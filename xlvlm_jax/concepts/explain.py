@@ -144,9 +144,9 @@ def explain_picture(
         effect, and the answer without it (`concept_directions` says what is removed).
 
     Raises:
-        ValueError: the concepts are of another site, width or model, or have no words; the answer
-            is empty; the model's image tokens have no place; or a picture that is too long has no
-            cells, `of_image`.
+        ValueError: the concepts are of another site, width or model, have no words, or are a single
+            centroid, which has no direction; the answer is empty; the model's image tokens have no
+            place; or a picture that is too long has no cells, `of_image`.
         OSError: the picture can't be read.
     """
     if num_concepts < 1:
@@ -154,6 +154,7 @@ def explain_picture(
     if concepts.words is None or not any(concepts.words):
         raise ValueError("the concepts have no words; ground them first with `xlvlm ground`")
     concepts.require_one_site("an explanation by effects")
+    directions = concept_directions(concepts)
     require_model(concepts.source, vlm, "the concepts were learnt on the states of")
     site = concept_site(vlm, site, concepts)
     batch = make_batch(vlm, [sample], 1, strict=True)
@@ -169,7 +170,6 @@ def explain_picture(
     tokens = np.asarray(made.tokens[0])
     (text,) = vlm.decode(tokens[None])
     answer = text.strip()
-    directions = concept_directions(concepts)
     if of_image:
         activations = np.nanmax(drawn, axis=(1, 2))
     else:

@@ -33,15 +33,27 @@ def concept_directions(concepts: Concepts) -> Float[np.ndarray, "K D"]:
     Raises:
         ValueError: there is a single centroid, which differs from nothing.
     """
+    require_directions(concepts)
     components = np.asarray(concepts.components, np.float32)
     if method_named(concepts.method).is_centroids:
-        if len(components) == 1:
-            raise ValueError(
-                f"a single centroid of {concepts.method!r} has no direction, which is its "
-                "difference from the mean of all; use two concepts or more"
-            )
         components = components - components.mean(axis=0)
     return components
+
+
+def require_directions(concepts: Concepts) -> None:
+    """Checks, before a model is loaded, that `concept_directions` has what it needs.
+
+    Args:
+        concepts: the concepts.
+
+    Raises:
+        ValueError: there is a single centroid, which differs from nothing.
+    """
+    if method_named(concepts.method).is_centroids and len(concepts.components) == 1:
+        raise ValueError(
+            f"a single centroid of {concepts.method!r} has no direction, which is its "
+            "difference from the mean of all; use two concepts or more"
+        )
 
 
 def removal_effects(

@@ -74,6 +74,15 @@ def test_command(run, xlvlm):
     assert status == 2 and "expected an ID such as s0, s1, s2" in " ".join(errors.split())
 
 
+def test_a_single_centroid_is_refused_before_a_model_is_loaded(run, xlvlm):
+    concepts = Concepts.from_components(np.float32([[0, 0]]), "kmeans")
+    dataclasses.replace(concepts, words=[["sea"]]).save(run / "one")
+    status, _, errors = xlvlm(
+        *("explain", run / "no model", run / "1.png", "--concepts", run / "one")
+    )
+    assert status == 2 and "a single centroid of 'kmeans' has no direction" in errors
+
+
 def test_messages(run):
     features, concepts = Features.open(run / "features"), Concepts.load(run / "concepts")
     with pytest.raises(ValueError, match="sample 's2' has no states in"):

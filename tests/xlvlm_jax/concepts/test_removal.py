@@ -1,5 +1,7 @@
 """Removing concepts one by one: against single passes of the model, and a direction it needs."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -68,6 +70,15 @@ def test_what_is_removed():
     np.testing.assert_array_equal(centred, [[0.5, -1], [-0.5, 1]])
     with pytest.raises(ValueError, match="a single centroid of 'kmeans' has no direction"):
         concept_directions(Concepts(atoms[:1], method="kmeans"))
+
+
+def test_a_single_centroid_is_refused_before_the_model_answers(vlm, sample, monkeypatch):
+    monkeypatch.setattr(type(vlm), "generate", None)
+    source = {"site": SITE, **model_of(vlm)}
+    centroid = Concepts.from_components(np.ones((1, 192), np.float32), "kmeans")
+    centroid = dataclasses.replace(centroid, words=[["a"]], source=source)
+    with pytest.raises(ValueError, match="a single centroid of 'kmeans' has no direction"):
+        explain_picture(vlm, centroid, sample)
 
 
 def test_an_empty_answer(vlm, sample, directions):
