@@ -319,7 +319,8 @@ def samples_to_choose_on(
 ) -> list[Any]:
     """Returns the samples of a split to choose on: some of those that are not evaluated too.
 
-    At most `num_choose` are drawn by the seed, as `--num-samples` draws.
+    At most `num_choose` are drawn by the seed, as `--num-samples` draws; all of them stay in their
+    order.
 
     Samples are the same if picture and prompt are: POPE's splits share questions under other IDs,
     and give one ID to different questions.
@@ -344,7 +345,9 @@ def samples_to_choose_on(
             f"{', '.join(sorted(lost))} is also evaluated; give another split, or evaluate fewer "
             "samples (--num-samples)"
         )
-    return select.subsample(others, num_choose, seed)
+    # In order, all are those of a sweep of an earlier release, which is then resumed.
+    drawn = None if num_choose is None or num_choose >= len(others) else num_choose
+    return select.subsample(others, drawn, seed)
 
 
 def describe_run(

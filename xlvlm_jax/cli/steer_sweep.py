@@ -198,11 +198,11 @@ def sweep(
         found = evaluation.run_sweep(vlm, others, measured, tried, output, **limits, **options)
         _show(found, measured)
         conditions = _save_best(found, output / "vectors")
-        answered = len(others) - len(found.skipped)
+        answered = len(others) - len(found.skipped or ())
         tried_on = found.describe(measured, split=choose_on, samples=answered)
         if split is None:
             plot_tradeoff({"sweep": tried_on}, output / "tradeoff.svg")
-            show_skipped(found.skipped)
+            show_skipped(found.skipped or {})
             console.print(f"{len(found.trials)} trials -> {output}")
             return
         if instruction is not None:

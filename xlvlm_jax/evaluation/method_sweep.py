@@ -18,7 +18,6 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -60,14 +59,14 @@ class Sweep(NamedTuple):
         trials: N trials.
         axis: what the budget limits, "off_target" or "cost", see `Trial`.
         budget: the highest cost of a trial that may be chosen.
-        skipped: {sample: why it was not answered}.
+        skipped: {sample: why it was not answered}; None if all were.
     """
 
     methods: tuple[str, ...]
     trials: tuple[Trial, ...]
     axis: Axis = "off_target"
     budget: float = math.inf
-    skipped: Mapping[str, str] = MappingProxyType({})
+    skipped: Mapping[str, str] | None = None
 
     @property
     def on_front(self) -> Bool[np.ndarray, " N"]:

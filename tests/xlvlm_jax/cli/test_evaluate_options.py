@@ -36,6 +36,8 @@ def test_samples_to_choose_on_are_other_questions(splits):
     assert [sample.id for sample in others] == ["1", "2", "3"]
     drawn = [samples_to_choose_on(first, splits["random"], "random", 2, seed) for seed in (0, 1)]
     assert drawn == [select.subsample(others, 2, seed) for seed in (0, 1)]
+    for number in (3, 9):  # all of them in order, as earlier sweeps had them
+        assert samples_to_choose_on(first, splits["random"], "random", number, 1) == others
     with pytest.raises(ValueError, match="every question of it with the label yes is also evalua"):
         samples_to_choose_on(splits["adversarial"], splits["random"], "random", None)
 

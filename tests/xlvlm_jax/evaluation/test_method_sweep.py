@@ -1,9 +1,11 @@
 """Sweeps over methods: the front and the choice by hand, tables, runs that resume, messages."""
 
+import copy
 import dataclasses
 import io
 import json
 import math
+import pickle
 
 import numpy as np
 import pandas
@@ -54,6 +56,13 @@ def test_the_largest_effect_within_the_budget():
     assert evaluation.best_within(costly, 5, "cost") is costly[1]
     with pytest.raises(ValueError, match="none of 1 trials has an effect and off_target"):
         evaluation.best_within([unknown], 1.0)
+
+
+def test_a_sweep_is_copied_and_pickled():
+    sweep = Sweep(("coarse",), (Trial(Condition((), 1.0), 0.9, 0.0, 0.3),))
+    assert copy.deepcopy(sweep) == sweep == pickle.loads(pickle.dumps(sweep))
+    assert "unreadable" not in sweep.describe(TASK)
+    assert sweep._replace(skipped={"a": "no file"}).describe(TASK)["unreadable"] == {"a": "no file"}
 
 
 def test_tables_and_the_figure(tmp_path):
