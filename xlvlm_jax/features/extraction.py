@@ -323,7 +323,8 @@ def _described(vlm: VLM, settings: ExtractionSettings) -> dict[str, Any]:
         described["generation_config"] = vlm.logits_options
     if vlm.adapter is not None:
         described |= adapter_of(vlm)
-    return described | processor_of(vlm)
+    # None for the model's own: a run that tells of no processor is one of an earlier release.
+    return {**described, "processor": None, **processor_of(vlm)}
 
 
 def _digest(samples: Sequence[Sample]) -> str:

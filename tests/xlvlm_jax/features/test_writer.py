@@ -262,6 +262,24 @@ def test_a_finished_run_accepts_no_more_rows(tmp_path):
     assert contents(tmp_path) == before
 
 
+def test_a_run_of_an_earlier_release_is_resumed(tmp_path):
+    """Which told neither of a processor nor of the digests of vectors."""
+    before = {"model": "tiny", "steering": {"alpha": 1}, "finetuned": {"model": "tuned"}}
+    told = {"processor": "other", "processor digest": "12"}
+    now = {
+        **(before | told),
+        "steering": {"alpha": 1, "digests": ["ab"]},
+        "finetuned": {"model": "tuned", **told},
+    }
+    FeaturesWriter(tmp_path / "earlier", before).release()
+    FeaturesWriter(tmp_path / "earlier", now).release()
+    with pytest.raises(ValueError, match=r"arguments \(steering.alpha: expected 1, got 2\)"):
+        FeaturesWriter(tmp_path / "earlier", now | {"steering": {"alpha": 2, "digests": ["ab"]}})
+    FeaturesWriter(tmp_path / "now", before | {"processor": None}).release()
+    with pytest.raises(ValueError, match=r'\(processor: expected null, got "other"\)'):
+        FeaturesWriter(tmp_path / "now", before | told)
+
+
 def test_other_arguments_are_refused_key_by_key(tmp_path):
     write(tmp_path, close=False)
     other = {"model": "tiny", "tokens": "all", "seeds": (0, 1), "data": {"split": "val"}}
