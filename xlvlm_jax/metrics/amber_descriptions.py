@@ -23,6 +23,7 @@ not.
 
 import functools
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -242,11 +243,17 @@ def nltk_nouns(text: str) -> list[str]:
 
 @functools.cache
 def can_read_officially() -> bool:
-    """Returns whether the official protocol can run: nltk and spaCy are there, with their data."""
+    """Returns whether the official protocol can run: nltk and spaCy are there, with their data.
+
+    Warns, the first time, if only the data are missing.
+    """
     try:
-        nltk_nouns("A dog.")
         spacy_alike()
-    except (ModuleNotFoundError, ValueError):
+        nltk_nouns("A dog.")
+    except ModuleNotFoundError:
+        return False
+    except ValueError as error:
+        warnings.warn(f"AMBER's official protocol is left out: {error}", stacklevel=2)
         return False
     return True
 

@@ -4,6 +4,7 @@ import importlib
 import random
 import sys
 import types
+import warnings
 from typing import Any
 
 import numpy as np
@@ -156,11 +157,20 @@ def test_the_official_protocol_needs_its_data(monkeypatch):
     def no_data(_):
         raise ValueError("nltk has no data")
 
+    def no_package():
+        raise ModuleNotFoundError("No module named 'spacy'")
+
     monkeypatch.setattr(module, "nltk_nouns", no_data)
+    monkeypatch.setattr(module, "spacy_alike", no_package)
     module.can_read_officially.cache_clear()
-    assert not module.can_read_officially()
-    monkeypatch.setattr(module, "nltk_nouns", lambda text: [text])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not module.can_read_officially()
     monkeypatch.setattr(module, "spacy_alike", lambda: str.__eq__)
+    module.can_read_officially.cache_clear()
+    with pytest.warns(UserWarning, match="official protocol is left out: nltk has no data"):
+        assert not module.can_read_officially()
+    monkeypatch.setattr(module, "nltk_nouns", lambda text: [text])
     module.can_read_officially.cache_clear()
     assert module.can_read_officially()
     module.can_read_officially.cache_clear()
