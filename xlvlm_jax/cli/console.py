@@ -165,7 +165,16 @@ def refuse_given(context: typer.Context, names: Iterable[str], where: str) -> No
     """
     for name in names:
         if is_given(context, name):
-            raise ValueError(f"--{name.replace('_', '-')} has no effect {where}; omit it")
+            # A flag like --first/--draw by both names, as either may have been typed.
+            opposite = [
+                option
+                for parameter in context.command.params
+                if parameter.name == name
+                for option in parameter.secondary_opts
+                if not option.startswith("--no-")
+            ]
+            told = "/".join((f"--{name.replace('_', '-')}", *opposite))
+            raise ValueError(f"{told} has no effect {where}; omit it")
 
 
 def require_counts(**counts: int | None) -> None:

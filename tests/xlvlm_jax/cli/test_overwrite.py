@@ -173,6 +173,10 @@ def test_options_without_effect(xlvlm, run, tmp_path, name, option):
             ("extract", "embedded", ".", "--dataset", "mmsb", "--annotations", "a.json"),
             "--annotations does not belong to --dataset mmsb; omit it",
         ),
+        (
+            ("extract", "embedded", "scenes", "--draw"),
+            "--first/--draw has no effect without --num-samples; omit it",
+        ),
         (("inspect", "embedded", "--image-size", "0x0"), "'0x0'; expected WIDTHxHEIGHT"),
         (("inspect", "embedded", "--batch-size", 0), "--batch-size must be at least 1, got 0"),
     ],
