@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# torchmetrics 1.9.0: scores that rank perfectly have an AUROC of 0.5 where all are large, and one that depends on the
-# batches where some exceed 1.
+# torchmetrics 1.9.0: the AUROC of the same scores depends on how they are batched (1.000 against 0.750) where some
+# exceed 1, and is 0.5 of scores that rank perfectly where all are large.
 #
 # An area under a ROC curve depends on the order of the scores alone, so one would guess that any number may be one: an
-# activation of a concept, a distance. If one of a batch lies outside 0 to 1, the whole batch is taken for logits and
-# goes through a sigmoid, as is documented. That keeps the order of real numbers, but in float32 it is exactly 1 from 17
-# on: all larger activations are tied. And each batch is judged by itself: one whose activations happen to lie below 1
-# keeps its numbers, while those of another become 0.5 to 1, and the rows of both are ranked together. Average
+# activation of a concept, a distance. If one score lies outside 0 to 1, all are taken for logits and go through a
+# sigmoid, as is documented. But each batch is judged by itself: one whose activations happen to lie below 1 keeps its
+# numbers, while those of another become 0.5 to 1, and the rows of both are ranked together. And the sigmoid, which
+# keeps the order of real numbers, is exactly 1 in float32 from 17 on: all larger activations are tied. Average
 # precision does the same. Scores replaced by their ranks, divided by how many there are, give what is meant.
 #
 # Output seen (rows with the concept always score higher than rows without):
