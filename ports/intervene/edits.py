@@ -389,7 +389,8 @@ def _mixed(x: Array, out: Array, alpha: Array) -> Array:
     """Returns (1 - alpha) * x + alpha * out, in which what has the weight 0 leaves no NaN.
 
     Of such a state, Inf or NaN counts as 0; the derivative with respect to alpha stays that of the
-    formula wherever both are finite.
+    formula wherever both are finite. Values alone are mended: gradients through what computed such
+    a state may still be NaN.
     """
     x = jnp.where((alpha == 1) & ~jnp.isfinite(x), 0, x)
     out = jnp.where((alpha == 0) & ~jnp.isfinite(out), 0, out)

@@ -115,7 +115,7 @@ def import_pth(
             overwrite=overwrite,
         )
         console.print(
-            f"{counted(len(features.samples), 'sample')}, {counted(len(features.tokens), 'row')} of"
+            f"{counted(len(features.samples), 'sample')}, {counted(features.num_rows, 'row')} of"
             f" {', '.join(features.sites)} -> {output}"
         )
 
@@ -151,7 +151,7 @@ def export_pth(
     else:
         opened = Features.open(source)
         export_features(opened, output, sites=site or ())
-        samples, rows = counted(len(opened.samples), "sample"), counted(len(opened.tokens), "row")
+        samples, rows = counted(len(opened.samples), "sample"), counted(opened.num_rows, "row")
         console.print(f"{samples}, {rows} -> {output}")
 
 

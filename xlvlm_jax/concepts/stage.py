@@ -187,7 +187,7 @@ def _check_same_rows(features: Features, other: Features) -> None:
     """Raises ValueError unless both hold states of the same tokens of the same samples."""
     if other is features:
         return
-    counts = len(features.tokens), len(other.tokens)
+    counts = features.num_rows, other.num_rows
     named = []
     for each in (features, other):
         (ids,) = columns(each.samples, "id")
@@ -325,7 +325,7 @@ def _source(features: Features, site: str) -> dict[str, Any]:
     return {
         "features": str(features.path.resolve()),
         "site": site,
-        "rows": len(features.tokens),
+        "rows": features.num_rows,
         **model_at(features.manifest, site),
     }
 
@@ -367,11 +367,11 @@ def ground_concepts(
             model (whose head would read other words), or a single centroid is to be `centred`.
     """
     concepts = Concepts.load(directory)
-    if concepts.activations is None or len(concepts.activations) != len(features.tokens):
+    if concepts.activations is None or len(concepts.activations) != features.num_rows:
         count = "no" if concepts.activations is None else len(concepts.activations)
         raise ValueError(
             f"{directory} has activations of {count} rows but {features.path} has "
-            f"{len(features.tokens)}; ground concepts with the features they were learnt on"
+            f"{features.num_rows}; ground concepts with the features they were learnt on"
         )
     where = concepts.written
     require_model(where, vlm, f"{directory} was learnt on the states of")

@@ -63,9 +63,9 @@ def map_top_pictures(
     """
     require_model(concepts.source, vlm, "the concepts were learnt on the states of")
     site = concept_site(vlm, None, concepts)
-    if concepts.activations is None or len(concepts.activations) != len(features.tokens):
+    if concepts.activations is None or len(concepts.activations) != features.num_rows:
         raise ValueError(
-            f"the concepts have no activations of the {len(features.tokens)} rows of "
+            f"the concepts have no activations of the {features.num_rows} rows of "
             f"{features.path}; give the features that they were learnt on"
         )
     top = top_samples(features, concepts.activations, num_images)

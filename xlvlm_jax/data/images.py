@@ -33,7 +33,7 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
             if max(image.size) > MAX_SIDE:
                 raise _TooLargeError(f"{image.width} x {image.height} pixels")
             image.load()
-            return _rgb(_upright(image))
+            return _rgb(_upright(image), image.format)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such image file") from None
     except (_TooLargeError, Image.DecompressionBombError) as error:
@@ -83,15 +83,16 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image, file_format: str | None) -> Image.Image:
     if image.mode == "F":
         raise _DepthError("floating-point pixels")
     if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion clips all values above 255
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise _DepthError("32-bit pixels")
-        # 32-bit files of 8-bit values are common: those are not scaled.
-        is_wide = image.mode != "I" or values.max() > 255
+        # 32-bit files of 8-bit values are common: those are not scaled. Of PGM files, Pillow gives
+        # the mode "I" to those of 16 bits, and scales their values to 65,535.
+        is_wide = image.mode != "I" or file_format == "PPM" or values.max() > 255
         image = Image.fromarray((values >> 8 if is_wide else values).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")

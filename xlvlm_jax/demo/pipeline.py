@@ -156,7 +156,7 @@ def run(
         advance(number, len(settings.sites))
     lap("concepts")
 
-    rows = {split: len(f.tokens) for split, f in features.items()}
+    rows = {split: f.num_rows for split, f in features.items()}
     shift = run_shift(
         vlm,
         output,

@@ -357,7 +357,7 @@ def _summary(features: Features, seconds: float, seconds_of: dict[str, float]) -
     with_rows = len(np.unique(features.sample_rows))
     return ExtractionSummary(
         samples=len(features.samples),
-        rows=len(features.tokens),
+        rows=features.num_rows,
         without_token=len(features.samples) - len(failed) - with_rows,
         failed=failed,
         seconds=seconds,

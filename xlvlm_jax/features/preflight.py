@@ -57,7 +57,16 @@ def sites_of(vlm: VLM, settings: ExtractionSettings) -> tuple[str, ...]:
         ValueError: a site is unknown, or its states do not lie at these positions: those of the
             vision tower belong to patches, and of the head a prompt has only the last.
     """
-    sites = vlm.check_sites(settings.sites, generated=True, one_state=True)
+    try:
+        sites = vlm.check_sites(settings.sites, generated=True, one_state=True)
+    except ValueError:
+        every = vlm.check_sites(settings.sites)
+        if outside := [site for site in every if not vlm.module.is_of_decoder(site)]:
+            raise ValueError(
+                f"the states at site {outside[0]!r} belong to patches, not tokens; choose a site "
+                "of the decoder"
+            ) from None
+        raise
     prompts = settings.mode == "teacher-forcing" or not settings.selection.generated_only
     if prompts and vlm.head in sites:
         raise ValueError(

@@ -58,9 +58,15 @@ def _plain(value: Any) -> Any:
 
 
 def _line(sample: Mapping[str, Any]) -> str:
-    """Returns the sample's line in samples.jsonl."""
+    """Returns the sample's line in samples.jsonl.
+
+    JSON has no NaN and no infinity, which earlier releases wrote for missing values: they are null.
+    """
     try:
-        return json.dumps(dict(sample), allow_nan=False) + "\n"
+        text = json.dumps(dict(sample))
+        if "NaN" in text or "Infinity" in text:
+            text = json.dumps(json.loads(text, parse_constant=lambda _: None))
+        return text + "\n"
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"sample {sample.get('id')!r} must hold JSON values only: {reason(error)}"
@@ -186,7 +192,7 @@ class FeaturesWriter:
             return None
         digests = pictures.digests_of(paths)
         then, before = _recorded(file) if self.samples_done else (None, {})
-        if pictures.are_others(before, digests):
+        if pictures.are_others(before, digests, len(set(paths))):
             raise ValueError(
                 f"{self.path}: started with the pictures in {then}; those in {root} are others, "
                 "use the same ones to resume, or another directory"

@@ -185,10 +185,10 @@ def read_section(
         )
     activations = np.asarray(concepts.activations)
     N, K = activations.shape
-    if len(features.tokens) != N:
+    if features.num_rows != N:
         raise ValueError(
             f"{directory}: the activations have {N} rows, but {features.path} has"
-            f" {len(features.tokens)}; decompose these features again"
+            f" {features.num_rows}; decompose these features again"
         )
     if not np.isfinite(activations).all():
         raise ValueError(f"{directory}: activations hold NaN or Inf; decompose again")

@@ -165,7 +165,7 @@ def _render(
         thumbnails=shown.thumbnails,
         unseen="; ".join(filter(None, (unseen, left_out))),
         unit="samples"
-        if features is None or len(np.unique(features.sample_rows)) == len(features.tokens)
+        if features is None or len(np.unique(features.sample_rows)) == features.num_rows
         else "rows",
         css=part("page.css"),
         script=part("page.js"),
@@ -211,7 +211,7 @@ def _about(
         token = selection.get("argument")
     model = settings.get("model") or manifest.get("model")
 
-    rows, samples = len(features.tokens), len(features.samples)
+    rows, samples = features.num_rows, len(features.samples)
     prompts = {sample.get("prompt") for sample in features.samples}
     methods = dict.fromkeys(f"{s.concepts.method}, {s.num_concepts} concepts" for s in sections)
     facts = {

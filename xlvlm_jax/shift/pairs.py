@@ -4,7 +4,9 @@ Only samples for which both models have rows count: with a token of interest, th
 models produced the token.
 """
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, overload
 
 import numpy as np
@@ -16,7 +18,6 @@ from xlvlm_jax.features.samples import columns, name_of, unplaced_pairs
 
 # Fields besides the ID that identify a sample; if both directories have them, they must agree.
 _NAMING = ("image_id", "prompt")
-Name = str | tuple[str, int]  # of a sample: its ID, and its number among those with this ID
 
 
 class Pairs(NamedTuple):
@@ -39,8 +40,8 @@ def match_samples(original: Features, finetuned: Features) -> Pairs:
     Runs on the host and cannot be traced.
 
     If a sample has several rows, its n-th row in one directory is paired with its n-th row in the
-    other. If several samples have one ID, the n-th of them in one directory belongs to the n-th in
-    the other.
+    other. Of several samples with one ID, those of the same prompt and picture belong together, and
+    the n-th of the others in one directory to the n-th of the others in the other.
 
     Args:
         original, finetuned: features of the same data under both models.
@@ -74,17 +75,22 @@ def _partners(original: Features, finetuned: Features) -> Int[np.ndarray, " S"]:
     if _in_one_order(original, finetuned):
         return np.arange(len(original.samples))
     of_a, of_b = _numbers(original), _numbers(finetuned)
-    shared = [name for name in of_a if name in of_b]
+    named_a, named_b = _namings(original, finetuned)
+    shared, both = [], []
+    for name, numbers in of_a.items():
+        pairs = [*_alike(numbers, of_b.get(name, []), named_a, named_b)]
+        shared += [name] * len(pairs)
+        both += pairs
     if not shared:
         some = [next(iter(numbers), "none") for numbers in (of_a, of_b)]
         raise ValueError(
             f"{original.path} and {finetuned.path} hold different samples (ids such as"
             f" {some[0]!r} and {some[1]!r}); extract both from the same data"
         )
-    both = np.array([(of_a[name], of_b[name]) for name in shared], np.int64).T
-    _check_samples(shared, both, original, finetuned)
+    ours, theirs = np.array(both, np.int64).T
+    _check_samples(shared, ours, theirs, original, finetuned)
     other = np.full(len(original.samples), -1, np.int64)
-    other[both[0]] = both[1]
+    other[ours] = theirs
     return other
 
 
@@ -111,19 +117,53 @@ def _differ(a: Mapping[str, Any], b: Mapping[str, Any], key: str) -> bool:
     return None not in (a.get(key), b.get(key)) and a[key] != b[key]
 
 
-def _numbers(features: Features) -> dict[Name, int]:
-    """Returns {sample ID: sample number}; after the first with an ID, {(sample ID, n): number}."""
+def _numbers(features: Features) -> dict[str, list[int]]:
+    """Returns {sample ID: numbers of the samples with it}."""
     (ids,) = columns(features.samples, "id")
-    numbers: dict[Name, int] = {}
-    times: dict[str, int] = {}
+    numbers: dict[str, list[int]] = {}
     for number, given in enumerate(ids):
-        name = name_of(number, given)
-        if name in numbers:
-            times[name] = times.get(name, 0) + 1
-            numbers[name, times[name]] = number
-        else:
-            numbers[name] = number
+        numbers.setdefault(name_of(number, given), []).append(number)
     return numbers
+
+
+def _namings(*features: Features) -> list[list[tuple[Any, ...]]]:
+    """Returns, for each directory, the fields by which its samples of one ID are told apart.
+
+    A field that one of the directories does not have tells nothing.
+    """
+    found = [columns(each.samples, *_NAMING) for each in features]
+    kept = [
+        field
+        for field in range(len(_NAMING))
+        if all(any(value is not None for value in fields[field]) for fields in found)
+    ]
+    count = [len(each.samples) for each in features]
+    return [
+        list(zip(*(fields[field] for field in kept), strict=True)) if kept else [()] * number
+        for fields, number in zip(found, count, strict=True)
+    ]
+
+
+def _alike(
+    ours: list[int],
+    theirs: list[int],
+    named_a: list[tuple[Any, ...]],
+    named_b: list[tuple[Any, ...]],
+) -> Iterator[tuple[int, int]]:
+    """Yields pairs of samples of one ID: those with the same fields, then the others in order."""
+    left, rest = ours, theirs
+    if max(len(ours), len(theirs)) > 1:
+        waiting: dict[str, deque[int]] = {}
+        for j in theirs:
+            waiting.setdefault(repr(named_b[j]), deque()).append(j)
+        left = []
+        for i in ours:
+            if found := waiting.get(repr(named_a[i])):
+                yield i, found.popleft()
+            else:
+                left.append(i)
+        rest = sorted(itertools.chain.from_iterable(waiting.values()))
+    yield from zip(left, rest, strict=False)
 
 
 def _nth(features: Features) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -215,14 +255,17 @@ def _short(value: Any) -> str:
 
 
 def _check_samples(
-    names: list[Name], both: Int[np.ndarray, "2 S"], original: Features, finetuned: Features
+    names: list[str],
+    ours: Int[np.ndarray, " M"],
+    theirs: Int[np.ndarray, " M"],
+    original: Features,
+    finetuned: Features,
 ) -> None:
     """Checks that samples agree; raises a ValueError for the first that differs."""
     for key in _NAMING:
         (of_a,), (of_b,) = (columns(each.samples, key) for each in (original, finetuned))
-        for name, i, j in zip(names, *both.tolist(), strict=True):
+        for name, i, j in zip(names, ours.tolist(), theirs.tolist(), strict=True):
             if None not in (of_a[i], of_b[j]) and of_a[i] != of_b[j]:
-                name = name if isinstance(name, str) else name[0]
                 raise ValueError(
                     f"sample {name!r} has {key} {of_a[i]!r} in {original.path} and {of_b[j]!r} in"
                     f" {finetuned.path}: features of different samples; extract both from the same"

@@ -22,7 +22,7 @@ from xlvlm_jax.shift.analyse import analyse
 from xlvlm_jax.shift.blocks import assigned, blocks_of_pairs
 from xlvlm_jax.shift.grounding import ground_samples, ground_words
 from xlvlm_jax.shift.pairs import Pairs, RowIds, common_site, match_samples
-from xlvlm_jax.shift.record import KINDS, ShiftAnalysis
+from xlvlm_jax.shift.record import DESCRIPTION, KINDS, ShiftAnalysis
 from xlvlm_jax.shift.vectors import AssignBy, Reduce
 from xlvlm_jax.storage.same_model import require_model
 from xlvlm_jax.storage.tensors import write_with_rows
@@ -170,9 +170,10 @@ def shift_features(
             "seed": seed,
         },
     )
-    # Before the description, which says that all is there. Those of an analysis that is replaced
-    # are of other shifts.
-    (output / SAMPLE_SHIFTS).unlink(missing_ok=True)
+    # The description says that all is there: it is written last, and that of an analysis that is
+    # replaced goes first.
+    for name in (DESCRIPTION, SAMPLE_SHIFTS):
+        (output / name).unlink(missing_ok=True)
     if store_samples:
         output.mkdir(parents=True, exist_ok=True)
         _store_samples(output, Z_a, Z_b, pairs, assigned(concepts, Z_a, assign_by))
@@ -207,7 +208,7 @@ def _paired_rows(features: Features, site: str | None) -> tuple[str, StoredRows,
             f"{features.path} holds the sites {few(features.sites)}; expected states of both"
             f" models at {site or 'one site'}, or give the fine-tuned model's features too"
         )
-    site, rows = found[0], np.arange(len(features.tokens))
+    site, rows = found[0], np.arange(features.num_rows)
     return site, features.stored(finetuned_site(site)), Pairs(rows, rows, len(features.samples))
 
 

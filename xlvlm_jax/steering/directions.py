@@ -9,7 +9,7 @@ so that strength 1 moves the mean source state as far along u as the mean target
 method, and towards the target whatever the sign of u.
 
     pca    u maximises sum over pairs (i, j) of <t_j - s_i, u>^2
-    lat    u is the first principal component of randomly paired differences with random signs
+    lat    u is the first principal component of randomly paired differences, half with sign -1
     probe  u = w / |w| of a logistic regression w that tells target from source states
 
 N, M states, P pairs, D width.

@@ -170,7 +170,8 @@ def common_model(sources: Sequence[Mapping[str, Any]], doing: str) -> dict[str, 
 
     Returns:
         The entries of `same_model.model_of` in the first source that has a fingerprint; if none
-        has, those of the first source.
+        has, those of the first source, if there is one. The adapter is that of the first source
+        that says which, or that there is none.
 
     Raises:
         ValueError: two were fitted on different models, or with different adapters, or one without.
@@ -191,7 +192,9 @@ def common_model(sources: Sequence[Mapping[str, Any]], doing: str) -> dict[str, 
                 f"cannot {doing} vectors of models with {first} and {other}; expected the same "
                 "adapter"
             )
-    told = [*of_model, *sources][0]
+    told: dict[str, Any] = {}
+    for source in [*known[:1], *[*of_model, *sources][:1]]:  # the latter counts
+        told |= {name: source[name] for name in same_model.MODEL if name in source}
     return {name: told[name] for name in same_model.MODEL if name in told}
 
 

@@ -99,7 +99,7 @@ def answer_states(
         require_same_model(features, others, site)
     if target is None and target_features is None and not between_models:
         raise ValueError("there are no target answers; give some, or features of the target")
-    of_target, of_source = (np.ones(len(each.tokens), bool) for each in (others, features))
+    of_target, of_source = (np.ones(each.num_rows, bool) for each in (others, features))
     if target is not None:
         of_target = _matching(others, target, key, match)
     if source is not None and tuple(source) != EVERYTHING:
@@ -279,7 +279,7 @@ def fit_fine(
     """
     if num_concepts < 2:
         raise ValueError(f"num_concepts is {num_concepts}; expected at least 2, to steer between")
-    chosen = np.ones(len(features.tokens), bool)
+    chosen = np.ones(features.num_rows, bool)
     if source is not None:
         chosen = _matching(features, source, key, match)
         if not chosen.any():

@@ -18,7 +18,9 @@ state of a completion predicts what follows the answer. N prompts, D width.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import inspect
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ from xlvlm_jax.storage.same_model import model_of
 Array = jax.Array | np.ndarray
 CONTRASTS = ("completion", "prompt")
 STATES = ("last", "mean")
+_CHECKED = ("hidden", "validation", "epochs", "rate", "rows_per_step", "patience")
 
 
 class ShiftNetwork(nn.Module):
@@ -222,33 +225,39 @@ def last_token_states(
         progress: called with (samples done, number of samples).
 
     Returns:
-        {site: float32[N, D]}, NaN for a sample that can't be read or processed.
+        {site: float32[N, D]}, NaN for a sample that can't be read or processed, or whose state is
+        not finite at one of the sites.
 
     Raises:
         ValueError: the numbers of samples and completions differ, a completion is empty, or no
             sample can be processed.
-        FloatingPointError: a state is not finite.
+        FloatingPointError: if strict, for the first state that is not finite.
     """
     errors = {} if errors is None else errors
     found: dict[str, np.ndarray] = {}
-    done = 0
+    done = good = 0
     options = {"ended": False, "strict": strict, "errors": errors}
     for index, batch in teacher_forcing.batches(vlm, samples, completions, batch_size, **options):
         (inputs,) = batch.inputs
         lengths = np.maximum(batch.answer_lengths, 1)
         if states == "last":
             lengths = np.ones_like(lengths)
+        here, bad = [samples[int(i)] for i in index], {}
         for site, given in vlm.states(inputs, sites=sites).items():
             mask = np.asarray(inputs["attention_mask"])
             last = mean_of_last(given, mask, lengths)[: len(index)]
-            teacher_forcing.require_finite(site, last, [samples[int(i)] for i in index])
+            bad |= teacher_forcing.not_finite(site, last, here, strict=strict)
             if site not in found:
                 found[site] = np.full((len(samples), last.shape[1]), np.nan, np.float32)
             found[site][index] = last
-        done += len(index)
+        is_bad = np.array([sample.id in bad for sample in here])
+        for rows in found.values():
+            rows[index[is_bad]] = np.nan
+        errors |= bad
+        done, good = done + len(index), good + int((~is_bad).sum())
         if progress is not None:
             progress(done, len(samples))
-    teacher_forcing.require_some(range(done), samples, errors)
+    teacher_forcing.require_some(range(good), samples, errors)
     return found
 
 
@@ -279,12 +288,13 @@ def contrast_shifts(
         progress: called with (runs done, number of runs); there are two runs per sample.
 
     Returns:
-        {site: float32[N, D]}, NaN for a sample that can't be read or processed.
+        {site: float32[N, D]}, NaN for a sample that can't be read or processed, or whose state is
+        not finite at one of the sites.
 
     Raises:
         ValueError: the contrast or states are unknown or do not go together, a completion is
             empty, or the numbers of samples and counterparts differ.
-        FloatingPointError: a state is not finite.
+        FloatingPointError: if strict, for the first state that is not finite.
     """
     if contrast not in CONTRASTS:
         raise ValueError(f"contrast is {contrast!r}; expected {' or '.join(CONTRASTS)}")
@@ -377,7 +387,8 @@ def fit_network(
     Raises:
         ValueError: the shapes differ, an option is out of its range, or there are fewer than two
             rows to train on besides those held out.
-        FloatingPointError: a row, or the error on those held out, is not finite.
+        FloatingPointError: a row is not finite, or the error on those held out, and none before it
+            was lower than that of epoch 0. Otherwise training stops there with a warning.
     """
     contexts, shifts = (np.asarray(rows, np.float32) for rows in (contexts, shifts))
     if contexts.ndim != 2 or shifts.ndim != 2 or len(contexts) != len(shifts) or len(contexts) < 3:
@@ -417,9 +428,11 @@ def fit_network(
             params, moments = _update(network, rate, params, moments, x[chosen], z[chosen])
         error = float(_error(network, params, x[held_out], z[held_out]))
         if not np.isfinite(error):
-            raise FloatingPointError(
-                f"after epoch {epoch}, the error on the held-out rows is {error}; lower the rate"
-            )
+            told = f"after epoch {epoch}, the error on the held-out rows is {error}; lower the rate"
+            if best_epoch == 0:
+                raise FloatingPointError(told)
+            warnings.warn(f"{told}; epoch {best_epoch} is kept", stacklevel=2)
+            break
         if error < best_error:
             best, best_error, best_epoch = params, error, epoch
         if epoch - best_epoch == patience:
@@ -436,17 +449,30 @@ def fit_network(
     return jax.tree.map(np.asarray, best), mean, deviation, scale, figures
 
 
+def _require_known(options: Mapping[str, Any]) -> None:
+    """Checks options of `fit_network`, with its defaults for those that are not given.
+
+    Raises:
+        TypeError: it has no such option.
+        ValueError: as `fit_network`.
+    """
+    try:
+        given = inspect.signature(fit_network).bind(None, None, **options)
+    except TypeError as error:
+        raise TypeError(f"fit_network() {error}") from None
+    given.apply_defaults()
+    _require_options(**{name: given.arguments[name] for name in _CHECKED})
+
+
 def _require_options(
-    hidden: int = 1,
-    validation: float = 0.5,
-    epochs: int = 1,
-    rate: float = 1.0,
-    rows_per_step: int = 1,
-    patience: int = 1,
-    seed: int = 0,
+    hidden: int,
+    validation: float,
+    epochs: int,
+    rate: float,
+    rows_per_step: int,
+    patience: int,
 ) -> None:
-    """Checks the options of `fit_network` that are given, by their names."""
-    del seed
+    """Checks the ranges of the options of `fit_network`."""
     if not 0 < validation < 1:
         raise ValueError(f"validation is {validation}; expected a share between 0 and 1")
     if epochs < 0:
@@ -524,7 +550,7 @@ def fit_l2s(
             f"there are {len(samples)} samples; expected three or more, one to hold out and two to "
             "train on"
         )
-    _require_options(**options)  # before the model runs
+    _require_known(options)  # before the model runs
     site = vlm.find_site(site, generated=True, one_state=True)
     context_site = (
         site

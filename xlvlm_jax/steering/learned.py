@@ -11,6 +11,7 @@ states in the end. N samples, D width of the site.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -208,7 +209,8 @@ def fit_learned(
             to split, an option is out of its range, nothing can be learnt at the site, `start` has
             another width than the site, an answer has no tokens, or `where` is for some prompts
             alone.
-        FloatingPointError: a loss is NaN or infinite.
+        FloatingPointError: a loss is NaN or infinite, and none before it was better than that of
+            step 0. Otherwise training stops there with a warning.
     """
     if len(samples) < 2 or not 0 < validation < 1:
         raise ValueError(
@@ -296,7 +298,8 @@ def fit_learned(
             total += float((losses[: len(index)] * weight[index]).sum())
         return total / float(weight[held_out].sum())
 
-    best, best_loss = learnt, validate(learnt)
+    begun = best = learnt
+    best_loss = validate(begun)
     _require_finite(0, best_loss)
     history = [{"step": 0, "train": None, "validation": best_loss}]
     to_beat, waited = 0.99 * best_loss, 0
@@ -314,6 +317,13 @@ def fit_learned(
         if step % evaluate_every == 0 or step == steps:
             loss = validate(learnt)
             mean = float(np.mean([float(value) for value in recent]))
+            if best is not begun and not np.isfinite([loss, mean]).all():
+                warnings.warn(
+                    f"at step {step}, the loss is not finite; the best step before is kept, lower "
+                    "the learning rate",
+                    stacklevel=2,
+                )
+                break
             _require_finite(step, loss, mean)
             history.append({"step": step, "train": mean, "validation": loss})
             if loss < best_loss:

@@ -146,7 +146,7 @@ def fit_p2s(
 
     Raises:
         ValueError: as `contrast_shifts`.
-        FloatingPointError: a state is not finite.
+        FloatingPointError: if strict, for the first state that is not finite.
     """
     skipped: dict[str, str] = {}
     site = vlm.find_site(site, generated=True, one_state=True)

@@ -224,23 +224,31 @@ def require_counts(**counts: int) -> None:
             raise ValueError(f"{name} is {value}; expected at least 1")
 
 
-def require_finite(site: str, rows: np.ndarray, samples: Sequence[Sample]) -> None:
-    """Checks that states are finite, as those of a model in float16 need not be.
+def not_finite(
+    site: str, rows: np.ndarray, samples: Sequence[Sample], *, strict: bool
+) -> dict[str, str]:
+    """Finds states that are not finite, as those of a model in float16 need not be.
 
     Args:
         site: the site, for the message.
         rows: float[N, D].
         samples: the N samples.
+        strict: raise for the first one.
+
+    Returns:
+        {sample: why it can't be used} for those with NaN or infinite entries.
 
     Raises:
-        FloatingPointError: one has NaN or infinite entries; its sample is named.
+        FloatingPointError: if strict, for the first sample.
     """
-    finite = np.isfinite(rows).all(axis=1)
-    if not finite.all():
-        raise FloatingPointError(
-            f"the states of sample {samples[int(np.argmin(finite))].id} at {site!r} are not finite;"
-            " load the model in float32 or bfloat16 (numbers above 65,504 overflow in float16)"
-        )
+    wrong = {
+        samples[int(row)].id: f"the states of sample {samples[int(row)].id} at {site!r} are not "
+        "finite; load the model in float32 or bfloat16 (numbers above 65,504 overflow in float16)"
+        for row in np.flatnonzero(~np.isfinite(rows).all(axis=1))
+    }
+    if strict and wrong:
+        raise FloatingPointError(next(iter(wrong.values())))
+    return wrong
 
 
 @jax.jit

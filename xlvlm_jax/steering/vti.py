@@ -95,7 +95,7 @@ def mask_shifts(
         ValueError: the share or the number of masks is out of range, a site's states are not those
             of the pictures, or no sample can be processed.
         OSError: if strict, for the first image that can't be read.
-        FloatingPointError: a state is not finite.
+        FloatingPointError: if strict, for the first state that is not finite.
     """
     if not 0 < share <= 1 or num_masks < 1:
         raise ValueError(
@@ -117,9 +117,14 @@ def mask_shifts(
             errors[sample.id] = str(error)
             continue
         is_image = np.asarray(vlm.places(inputs).kind) == IMAGE
+        shifts, bad = {}, {}
         for site, states in vlm.states(inputs, sites=sites).items():
-            shift = _shift(site, states, is_image)
-            teacher_forcing.require_finite(site, shift[None], [sample])
+            shifts[site] = _shift(site, states, is_image)
+            bad |= teacher_forcing.not_finite(site, shifts[site][None], [sample], strict=strict)
+        if bad:
+            errors |= bad
+            continue
+        for site, shift in shifts.items():
             found[site].append(shift)
         kept.append(sample.id)
         if progress is not None:
@@ -146,7 +151,8 @@ def _shift(site: str, states: Array, is_image: Bool[np.ndarray, "V T"]) -> np.nd
         rows = states.reshape(versions, -1, states.shape[-1])
         means = teacher_forcing.token_means(rows, np.ones(rows.shape[:2], bool))
     means = np.asarray(means)
-    return means[1:].mean(axis=0) - means[0]
+    with np.errstate(invalid="ignore"):  # of infinite states, which the caller looks for
+        return means[1:].mean(axis=0) - means[0]
 
 
 def fit_vti_image(

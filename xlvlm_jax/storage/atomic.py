@@ -1,11 +1,12 @@
 """Files that are written completely or not at all."""
 
+import io
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 # Directories being written, which are removed if the process is terminated.
 unfinished: set[Path] = set()
@@ -38,6 +39,18 @@ def named(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+class _Named(io.FileIO):
+    """A file whose own errors name it; others in the block, as of what is read, do not."""
+
+    def __init__(self, temporary: Path, path: Path) -> None:
+        super().__init__(temporary, "w")
+        self._path = path
+
+    def write(self, content: Any, /) -> int:
+        with named(self._path):
+            return super().write(content)
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
     """Opens a file to write piece by piece, which replaces the old one if the block succeeds.
@@ -52,10 +65,11 @@ def writing(path: Path) -> Iterator[BinaryIO]:
     temporary = path.with_name(f"{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with named(path), open(temporary, "wb") as file:
+        with io.BufferedWriter(_Named(temporary, path)) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            with named(path):
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -7,8 +7,10 @@ working directory. Files of earlier versions have names as typed: these are look
 directory and in the directories above the run, where the command was started.
 """
 
+import functools
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,9 +64,16 @@ def digests_of(paths: Sequence[str | os.PathLike[str]]) -> dict[str, str]:
     return found
 
 
-def are_others(before: Mapping[str, str], now: Mapping[str, str]) -> bool:
-    """Returns whether most of the pictures in both differ: single ones may have been repaired."""
+def are_others(before: Mapping[str, str], now: Mapping[str, str], num_pictures: int) -> bool:
+    """Returns whether most of the pictures in both differ: single ones may have been repaired.
+
+    Args:
+        before, now: returned by `digests_of`.
+        num_pictures: number of different pictures; of several, one says nothing about the others.
+    """
     both = before.keys() & now.keys()
+    if len(both) < min(2, num_pictures):
+        return False
     return 2 * sum(before[number] != now[number] for number in both) > len(both)
 
 
@@ -114,26 +123,41 @@ def locate(
         images: as for `find_all`.
 
     Raises:
-        ValueError: `images` has none of the pictures, or few of them, or several under one name.
+        ValueError: `images` has none of the pictures, or several of them have one name there.
+
+    Warns if `images` has less than half of them by the ends of their names.
     """
-    some = False
+    some, best = False, (0, Path(), 0)
     for root, depth in _places(directory, recorded, images):
         # os.path.isfile accepts names that no file can have; pathlib would raise.
         there = sum(os.path.isfile(root / _tail(name, depth)) for name in probes)
-        # By the ends of names other pictures may be found: cats/1.jpg for dogs/1.jpg.
-        enough = there > 0 if depth is None else 2 * there > len(probes)
-        if enough and (depth is None or _are_unique(names(), depth)):
-            return lambda name: str(root / _tail(name, depth))
         some |= there > 0
+        if depth is None:
+            if there:
+                return functools.partial(_path_of, root, None)
+            continue
+        # By the ends of names other pictures may be found: cats/1.jpg for dogs/1.jpg.
+        if there > best[0] and _are_unique(names(), depth):
+            best = there, root, depth
+    there, root, depth = best
+    if there:
+        if 2 * there < len(probes):
+            warnings.warn(
+                f"{images} has {there} of {len(probes)} pictures of {directory} that were looked "
+                "up; if they are others of these names, pass the directory that contains them",
+                stacklevel=2,
+            )
+        return functools.partial(_path_of, root, depth)
     if images is not None and probes:
-        reason = (
-            "only some of the pictures, or has several of one name,"
-            if some
-            else ("none of the pictures")
-        )
+        if some:
+            raise ValueError(
+                f"{images} has pictures of {directory} by their last names alone, which several "
+                f"share, such as {Path(probes[0]).name!r}; pass the directory that contains their "
+                "folders"
+            )
         raise ValueError(
-            f"{images} has {reason} of {directory}, such as {probes[0]!r}; pass the directory that "
-            "contains them"
+            f"{images} has none of the pictures of {directory}, such as {probes[0]!r}; pass the "
+            "directory that contains them"
         )
     root_then = "" if recorded is None else recorded["root"]
     return lambda name: os.path.join(root_then, name)
@@ -156,6 +180,10 @@ def _places(
     else:
         yield Path.cwd(), None
         yield from ((above, None) for above in directory.absolute().parents)
+
+
+def _path_of(root: Path, depth: int | None, name: str) -> str:
+    return str(root / _tail(name, depth))
 
 
 def _tail(name: str, depth: int | None) -> Path:

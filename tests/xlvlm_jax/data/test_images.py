@@ -49,6 +49,13 @@ def test_sixteen_bits_are_scaled(tmp_path):
     assert np.asarray(read_image(path))[0, :, 0].tolist() == [0, 0, 1, 128, 255]
 
 
+@pytest.mark.parametrize(("most", "expected"), [(255, [0, 0, 0]), (65535, [0, 0, 255])])
+def test_sixteen_bits_of_a_pgm_are_scaled_in_dark_pictures_too(tmp_path, most, expected):
+    values = np.array([[0, 90, most]], ">u2")
+    (tmp_path / "a.pgm").write_bytes(b"P5\n3 1\n65535\n" + values.tobytes())
+    assert np.asarray(read_image(tmp_path / "a.pgm"))[0, :, 0].tolist() == expected
+
+
 @pytest.mark.parametrize(("most", "expected"), [(255, [0, 90, 255]), (65535, [0, 0, 255])])
 def test_thirty_two_bits_of_small_values_are_not_scaled(tmp_path, most, expected):
     values = np.array([[0, 90, most]], np.int32)

@@ -252,8 +252,8 @@ def test_a_file_in_the_place_of_the_output_is_one_line(vlm, samples, tmp_path):
 @pytest.mark.parametrize(
     ("site", "mode", "selection", "message"),
     [
-        ("multi_modal_projector", "teacher-forcing", "index:5", "no states for generated tokens"),
-        ("multi_modal_projector", "generate", "image", "no states for generated tokens"),
+        ("multi_modal_projector", "teacher-forcing", "index:5", "belong to patches, not tokens; c"),
+        ("multi_modal_projector", "generate", "image", "projector' belong to patches, not tokens"),
         ("lm_head", "teacher-forcing", "token-of-interest:the", "for the tokens of prompts; gen"),
         ("lm_head", "generate", "index:-1", "for the tokens of prompts; generate with --generated"),
     ],

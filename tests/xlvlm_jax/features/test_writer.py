@@ -495,10 +495,7 @@ def test_what_fields_cannot_hold_is_refused(tmp_path):
             (samples, states | {site: counts}, index, positions, tokens),
             "are int64; expected floats",
         ),
-        (
-            ([{"id": "x", "score": float("nan")}] * 4, states, index, positions, tokens),
-            "sample 'x'",
-        ),
+        (([{"id": "x", "score": {1, 2}}] * 4, states, index, positions, tokens), "sample 'x'"),
     ):
         with FeaturesWriter(tmp_path, ARGUMENTS) as writer:
             with pytest.raises(ValueError, match=message):
@@ -506,6 +503,18 @@ def test_what_fields_cannot_hold_is_refused(tmp_path):
             assert writer.rows_done == 0
     write(tmp_path)
     assert len(Features.open(tmp_path).tokens) == 20
+
+
+def test_numbers_that_json_lacks_are_null(tmp_path):
+    """Earlier releases wrote NaN, which samples of their features still hold."""
+    _, *rest = batch(0)
+    odd = {"id": "x", "score": float("nan"), "box": [1.5, float("-inf")], "text": "NaN, Infinity"}
+    with FeaturesWriter(tmp_path, ARGUMENTS) as writer:
+        writer.append([odd] * 4, *rest)
+        writer.close()
+    assert "NaN}" not in (tmp_path / "samples.jsonl").read_text()
+    kept = {"id": "x", "score": None, "box": [1.5, None], "text": "NaN, Infinity"}
+    assert Features.open(tmp_path).samples[0] == kept
 
 
 def test_sites_may_come_in_any_order(tmp_path):

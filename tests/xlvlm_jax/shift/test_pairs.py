@@ -36,10 +36,23 @@ def test_samples_with_one_id_are_paired_in_their_order(write):
     assert pairs.num_samples == 3
     twice = write("same", Z, samples=samples, rows=[0, 1, 2, 2])
     assert match_samples(original, twice).finetuned.tolist() == [0, 1, 2, 3]
-    with pytest.raises(ValueError, match=r"sample 'a' has prompt 'dog\?' in .* and 'cat\?' in"):
-        match_samples(
-            original, write("z", Z, samples=samples[1::-1] + samples[2:], rows=[0, 1, 2, 2])
-        )
+
+
+def test_samples_with_one_id_are_told_apart_by_prompt_and_picture(write):
+    samples = [{"id": "a", "prompt": p} for p in ("dog?", "cat?")] + [{"id": "b", "prompt": "?"}]
+    original = write("x", Z, samples=samples, rows=[0, 1, 2, 2])
+    # One directory lacks the first of them, or has them in another order.
+    fewer = match_samples(original, write("y", Z[:3], samples=samples[1:], rows=[0, 1, 1]))
+    assert (fewer.original.tolist(), fewer.finetuned.tolist()) == ([1, 2, 3], [0, 1, 2])
+    assert fewer.num_samples == 2
+    swapped = write("z", Z, samples=samples[1::-1] + samples[2:], rows=[0, 1, 2, 2])
+    assert match_samples(original, swapped).finetuned.tolist() == [1, 0, 2, 3]
+    # Without prompts in one of them, in their order; prompts that neither has are other samples.
+    bare = write("bare", Z, samples=[{"id": name} for name in "aab"], rows=[0, 1, 2, 2])
+    assert match_samples(original, bare).finetuned.tolist() == [0, 1, 2, 3]
+    other = [samples[1], samples[0] | {"prompt": "bird?"}, samples[2]]
+    with pytest.raises(ValueError, match=r"sample 'a' has prompt 'dog\?' in .* and 'bird\?' in"):
+        match_samples(original, write("other", Z, samples=other, rows=[0, 1, 2, 2]))
 
 
 def test_swapping_the_directories_gives_the_same_pairs(write):

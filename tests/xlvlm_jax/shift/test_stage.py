@@ -79,14 +79,15 @@ def test_shifts_of_samples_are_those_of_the_analysis_beside_them(
     save, seen = ShiftAnalysis.save, []
 
     def watched(self, directory):
-        seen.append(stored.exists())
+        seen.append((stored.exists(), (directory / "shift.json").exists()))
         save(self, directory)
 
     monkeypatch.setattr(ShiftAnalysis, "save", watched)
-    for wanted in (True, False):
+    for wanted in (True, True, False):
         shift_features(*features, concepts, head, root / "shift", store_samples=wanted, **given)
         assert stored.exists() == wanted
-    assert seen == [True, False]  # the description comes last
+    # The description comes last, and the earlier one is gone before.
+    assert seen == [(True, False), (True, False), (False, False)]
 
 
 def test_shifts_of_short_floats_are_not_rounded_again(root, monkeypatch):

@@ -2,8 +2,10 @@
 
 import dataclasses
 import itertools
+import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -73,6 +75,24 @@ class TestNetwork:
             theirs = scale * peer(torch.tensor((contexts - mean) / deviation))
         ours = l2s.L2S(params, mean, deviation, scale, CONTEXT, SITE).shift(contexts)
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+    def test_the_best_epoch_before_an_error_that_is_not_finite_is_kept(self, random, monkeypatch):
+        contexts = random.standard_normal((40, 5)).astype(np.float32)
+        shifts = contexts @ random.standard_normal((5, 5)).astype(np.float32)
+        options = {"rows_per_step": 32, "rate": 1e-2}
+        expected, *_ = l2s.fit_network(contexts, shifts, epochs=4, **options)
+        update, steps = l2s._update, []
+
+        def overflowing(*args):
+            params, moments = update(*args)
+            steps.append(None)
+            return jax.tree.map(lambda x: x * (1 if len(steps) < 5 else np.nan), params), moments
+
+        monkeypatch.setattr(l2s, "_update", overflowing)
+        with pytest.warns(UserWarning, match=r"after epoch 5, the error .* is nan; .* 4 is kept"):
+            params, *_, figures = l2s.fit_network(contexts, shifts, **options)
+        assert figures["best epoch"] == 4 and np.isfinite(figures["unexplained"])
+        np.testing.assert_array_equal(params["shift"]["bias"], expected["shift"]["bias"])
 
     @pytest.mark.wrong_types
     def test_messages(self):
@@ -208,10 +228,12 @@ class TestModel:
             steering.fit_l2s(vlm, some, texts, texts, SITE, rows_per_step=0)
         with pytest.raises(ValueError, match=r"rate is -0\.1; expected a positive number"):
             steering.fit_l2s(vlm, some, texts, texts, SITE, rate=-0.1)
+        with pytest.raises(TypeError, match=r"^fit_network\(\) got an unexpected .* 'steps'"):
+            steering.fit_l2s(vlm, some, texts, texts, SITE, steps=3)
         with pytest.raises(ValueError, match=r"sample \d+ is empty"):
             l2s.last_token_states(vlm, questions[:1], [SITE], [" "])
 
-    def test_a_state_that_is_not_finite_is_named_by_its_sample(
+    def test_a_sample_whose_state_is_not_finite_is_left_out(
         self, vlm, questions, fitted, monkeypatch
     ):
         states = type(vlm).states
@@ -222,8 +244,23 @@ class TestModel:
 
         monkeypatch.setattr(type(vlm), "states", overflowing)
         told = rf"the states of sample {questions[1].id} at .*layers\.3' are not finite; load the"
+        given = vlm, questions[:3], ["yes"] * 3, ["no"] * 3, SITE
+        found = steering.fit_p2s(*given)
+        assert found.ids == (questions[0].id, questions[2].id) and np.isfinite(found.vectors).all()
+        assert re.match(told, found.source["skipped"][questions[1].id])
         with pytest.raises(FloatingPointError, match=told):
-            steering.fit_p2s(vlm, questions[:3], ["yes"] * 3, ["no"] * 3, SITE)
+            steering.fit_p2s(*given, strict=True)
+        with pytest.raises(
+            ValueError, match="none of 1 samples can be processed; the first: the s"
+        ):
+            monkeypatch.setattr(
+                type(vlm),
+                "states",
+                lambda *args, **options: {
+                    site: x * np.inf for site, x in states(*args, **options).items()
+                },
+            )
+            steering.fit_p2s(vlm, questions[:1], ["yes"], ["no"], SITE)
 
 
 def test_prompts_of_contexts_are_made_before_a_model_is_loaded(monkeypatch):

@@ -96,7 +96,8 @@ def test_only_the_named_tokens_are_shifted(vlm, questions, targets, fitted):
         assert found.where == {"at": at}
         return found.source["history"][0]["validation"]
 
-    beyond, one, everywhere = losses([10_000]), losses([3]), losses(list(range(120)))
+    outside = list(range(10_000, 10_120))  # as many indices each, so that they share a program
+    beyond, one, everywhere = losses(outside), losses([3, *outside[1:]]), losses([*range(120)])
     unshifted = steering.fit_learned(
         vlm, questions[:4], targets[:4], SITE, steps=1, **OPTIONS
     ).source["history"][0]["validation"]
@@ -110,6 +111,24 @@ def test_a_loss_that_is_not_finite_ends_the_run(vlm, questions, targets, fitted)
         steering.fit_learned(vlm, questions, targets, SITE, start=odd, **OPTIONS)
     with pytest.raises(FloatingPointError, match="at step 6, the loss is nan; lower the learning"):
         steering.fit_learned(vlm, questions, targets, SITE, steps=6, rate=1e38, **OPTIONS)
+
+
+def test_the_best_step_before_a_loss_that_is_not_finite_is_kept(
+    vlm, questions, targets, fitted, monkeypatch
+):
+    update, steps = learned._update, []
+
+    def overflowing(*args, **options):
+        learnt, moments, value = update(*args, **options)
+        steps.append(None)
+        return (learnt if len(steps) < 9 else {"vector": learnt["vector"] * np.nan}), moments, value
+
+    monkeypatch.setattr(learned, "_update", overflowing)
+    with pytest.warns(UserWarning, match="at step 12, the loss is not finite; the best step befo"):
+        found = steering.fit_learned(vlm, questions, targets, SITE, steps=24, rate=0.05, **OPTIONS)
+    assert found.source["best step"] == 6 and len(steps) == 12
+    assert [look["step"] for look in found.source["history"]] == [0, 6]
+    assert np.isfinite(found.vector).all() and found.vector.any()
 
 
 def test_the_width_is_that_of_the_site(vlm, questions, targets):

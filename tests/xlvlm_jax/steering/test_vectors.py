@@ -9,7 +9,7 @@ import safetensors.numpy
 from sklearn.cluster import KMeans
 
 from xlvlm_jax import Concepts, SteeringVector, steering
-from xlvlm_jax.steering import vectors
+from xlvlm_jax.steering import files, vectors
 from xlvlm_jax.storage.same_model import model_of
 
 KEY = jax.random.key(0)
@@ -161,6 +161,14 @@ class TestVectorOnDisk:
             joined = steering.SiteVectors.of(pair)
             assert joined.source["fingerprint"] == "f"
         assert "fingerprint" not in (imported + imported).source
+
+    def test_the_adapter_of_a_sum_is_that_which_is_known(self):
+        adapted = {**SOURCE, "adapter": "tuned", "adapter fingerprint": "t"}
+        known = dataclasses.replace(self.VECTOR, source=adapted)
+        for both in (self.VECTOR + known, known + self.VECTOR):
+            told = both.source["adapter"], both.source["adapter fingerprint"]
+            assert told == ("tuned", "t") and both.source["fingerprint"] == "f"
+        assert files.common_model([], "add") == {}
 
     def test_positions_may_be_arrays(self, tmp_path):
         at = {"at": np.array([1, 3])}

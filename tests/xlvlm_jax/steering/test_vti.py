@@ -66,6 +66,25 @@ def test_states_of_masked_pictures(vlm, fitted):
         assert vectors[site].source["samples"] == 2
 
 
+def test_a_picture_whose_states_are_not_finite_is_left_out(vlm, questions, fitted, monkeypatch):
+    states, runs = type(vlm).states, []
+
+    def overflowing(self, *args, **options):
+        runs.append(None)
+        found = states(self, *args, **options)
+        return {SITE: found[SITE] * (np.inf if len(runs) == 1 else 1), TOWER: found[TOWER]}
+
+    monkeypatch.setattr(type(vlm), "states", overflowing)
+    samples, options = fitted[1], {"share": 1.0, "num_masks": 2}
+    found = steering.fit_vti_image(vlm, samples, [SITE, TOWER], **options)
+    for vector in found.values():
+        assert np.isfinite(vector.vector).all() and vector.source["samples"] == 1
+        assert "are not finite; load" in vector.source["skipped"][samples[0].id]
+    runs.clear()
+    with pytest.raises(FloatingPointError, match=f"the states of sample {samples[0].id} at .*not"):
+        steering.fit_vti_image(vlm, samples, [SITE, TOWER], **options, strict=True)
+
+
 def test_the_text_part_is_what_the_vectors_of_samples_share(vlm, questions):
     samples = questions[:4]
     counterparts = ["yes"] * 4, ["no"] * 4

@@ -1,7 +1,9 @@
 """Runs that are moved, with or without their data, and opened from anywhere."""
 
+import functools
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -100,13 +102,40 @@ def test_pictures_of_one_name_are_not_mixed_up(tmp_path):
         name.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(name)
     features = write(tmp_path / "features", names)
-    with pytest.raises(ValueError, match="cats has only some of the pictures, or has several of o"):
+    shared = r"cats has pictures of .* by their last names alone, which several share, such as '0"
+    with pytest.raises(ValueError, match=shared):
         Features.open(features, images=tmp_path / "data" / "cats")
     found = [s["image"] for s in Features.open(features, images=tmp_path / "data").samples]
     assert found == list(map(str, names))
     few = write(tmp_path / "few", names[:1] + [name.with_stem("x") for name in names[1:4:2]])
-    with pytest.raises(ValueError, match="cats has only some of the pictures"):
+    with pytest.raises(ValueError, match=shared):
         Features.open(few, images=tmp_path / "data" / "cats")
+
+
+def test_a_folder_with_some_of_the_pictures(tmp_path):
+    """Their names differ, so that each is found or missing; less than half are told."""
+    names = [f"{folder}/{folder}{i}.png" for folder in ("cats", "dogs") for i in range(4)]
+    recorded = {"root": str(tmp_path / "gone"), "from here": "../gone"}
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for name in names[:4]:
+        (flat / Path(name).name).touch()
+    find = functools.partial(pictures.find_all, names, tmp_path, recorded, images=flat)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert find() == [str(flat / Path(name).name) for name in names]
+    (flat / "cats3.png").unlink()
+    with pytest.warns(UserWarning, match="flat has 3 of 8 pictures of .* that were looked up; if"):
+        assert len(pictures.missing(find())) == 5
+
+
+def test_repaired_pictures_are_no_others():
+    before = {"0": "a", "2": "b", "4": "c"}
+    assert not pictures.are_others(before, {"0": "x", "2": "b", "4": "c"}, 6)
+    assert pictures.are_others(before, {"0": "x", "2": "y", "4": "c"}, 6)
+    # Of several pictures only one could be read both times; or it is the only one.
+    assert not pictures.are_others({"0": "a", "2": "b"}, {"0": "x", "4": "c"}, 6)
+    assert pictures.are_others({"0": "a"}, {"0": "x"}, 1)
 
 
 def test_folders_of_earlier_versions(here, tmp_path, monkeypatch):

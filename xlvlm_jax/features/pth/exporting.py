@@ -73,7 +73,7 @@ def export_features(
 
 def _held(site: str, original: np.dtype, disk: np.dtype) -> np.dtype:
     """Returns the dtype of the file that was imported, or of the disk if that has lost digits."""
-    if np.promote_types(original, disk) == disk:
+    if np.can_cast(original, disk):
         return original
     warnings.warn(
         f"states of {site} were {original.name} and were imported as {disk.name}; they are "
