@@ -18,6 +18,7 @@ import optax
 from jaxtyping import Bool, Float
 
 from ports import VLM
+from ports.inputs.padding import bucket_length
 from ports.intervene.edits import GENERATED, LAST_PROMPT, PADDING, Edits
 from ports.intervene.steer import steer, substitute
 from ports.names import normal_name
@@ -251,7 +252,6 @@ def not_finite(
     return wrong
 
 
-@jax.jit
 def token_means(states: Float[Array, "B T D"], chosen: Bool[Array, "B T"]) -> Float[Array, "B D"]:
     """Returns the mean state of some positions of each row, without moving the states.
 
@@ -264,6 +264,16 @@ def token_means(states: Float[Array, "B T D"], chosen: Bool[Array, "B T"]) -> Fl
     Returns:
         float32[B, D].
     """
+    # Padded, so that prompts of all lengths share a few programs; padding itself compiles in less.
+    length = states.shape[1]
+    fill = (0, bucket_length(length) - length)
+    pad = np.pad if isinstance(chosen, np.ndarray) else jnp.pad
+    chosen = pad(chosen, ((0, 0), fill))
+    return _token_means(jnp.pad(states, ((0, 0), fill, (0, 0))), chosen)
+
+
+@jax.jit
+def _token_means(states: jax.Array, chosen: jax.Array) -> jax.Array:
     chosen = jnp.asarray(chosen)
     rows = jnp.where(chosen[..., None], jnp.asarray(states).astype(jnp.float32), 0)
     return rows.sum(axis=1) / chosen.sum(axis=1)[:, None]

@@ -112,6 +112,18 @@ def test_loss_and_gradient_are_pytorchs(vlm, samples, forced):
     assert error < 1e-3 * float(shift.grad.abs().max())
 
 
+def test_means_of_prompts_of_many_lengths_run_few_programs():
+    random = np.random.default_rng(0)
+    before = teacher_forcing._token_means._cache_size()
+    for length in (33, 40, 47):
+        states = random.standard_normal((3, length, 5)).astype(np.float32)
+        chosen = random.random((3, length)) < 0.5
+        expected = [rows[own].mean(0) for rows, own in zip(states, chosen, strict=True)]
+        means = teacher_forcing.token_means(states, chosen)
+        np.testing.assert_allclose(means, expected, rtol=1e-5, atol=1e-6)
+    assert teacher_forcing._token_means._cache_size() - before == 1
+
+
 @pytest.mark.parametrize(
     ("site", "begin"),
     [
