@@ -2,11 +2,13 @@
 
     python -m benchmarks.solvers.many
     taskset -c 1 python -m benchmarks.solvers.many --sizes 20000x512x1024 --cpu
-    python -m benchmarks.solvers.many --sizes 1000000x128x65536 --updates 1 --repeats 1
+    python -m benchmarks.solvers.many --sizes 1000000x128x65536 --updates 1 --repeats 1 --labels
 
 faiss and sklearnex start from the same rows as ours and make as many updates. SuperKMeans chooses
 its own rows and makes `--updates` updates of all rows; ours then makes as many as it needs to be
 within 1.0001 of its inertia; if it never is, because it ends in another optimum, as many updates.
+With --updates 1 both make one. Ours ends with the inertia of its final centroids, for which all
+rows are assigned once more; with --labels SuperKMeans assigns them too.
 SuperKMeans-sq8, -lvq4 and -rabitq are its quantized modes, with final centroids from the rows
 themselves; SuperKMeans-hierarchical makes its own number of updates, in three stages. Inertia is
 computed in float64. Both sides alternate; medians. The others compute no activations, so ours
@@ -56,8 +58,10 @@ MODES: dict[str, dict[str, Any]] = {
 PEERS = (*MODES, "faiss", "sklearnex")
 
 
-def super_kmeans(Z: np.ndarray, K: int, updates: int, threads: int, mode: str) -> np.ndarray:
-    """Returns SuperKMeans's centroids after so many updates of all rows."""
+def super_kmeans(
+    Z: np.ndarray, K: int, updates: int, threads: int, mode: str, labels: bool
+) -> np.ndarray:
+    """Returns SuperKMeans's centroids after so many updates of all rows, which it may assign."""
     import superkmeans
 
     model = superkmeans.SuperKMeans(
@@ -70,7 +74,10 @@ def super_kmeans(Z: np.ndarray, K: int, updates: int, threads: int, mode: str) -
         early_termination=False,
         n_threads=threads,
     )
-    return model.train(Z)
+    centroids = model.train(Z)
+    if labels:
+        model.assign(Z, centroids)
+    return centroids
 
 
 def faiss_kmeans(Z: np.ndarray, start: np.ndarray, updates: int) -> np.ndarray:
@@ -109,7 +116,8 @@ def measure(
 
     threads = len(os.sched_getaffinity(0))
     peers: dict[str, tuple[str, Callable[[], np.ndarray]]] = {
-        mode: ("superkmeans", partial(super_kmeans, Z, K, most, threads, mode)) for mode in MODES
+        mode: ("superkmeans", partial(super_kmeans, Z, K, most, threads, mode, arguments.labels))
+        for mode in MODES
     }
     peers["faiss"] = "faiss", partial(faiss_kmeans, Z, start, most)
     peers["sklearnex"] = "sklearnex", partial(sklearnex_kmeans, Z, start, most)
@@ -117,7 +125,7 @@ def measure(
         if name not in arguments.peers or importlib.util.find_spec(module) is None:
             continue
         goal, updates = matrices.inertia(Z, theirs()), most
-        if name in MODES:
+        if name in MODES and most > 1:
             within = SAME * goal
             reached = history(most) <= within
             reached = reached if reached.any() else history(4 * most) <= within
@@ -130,6 +138,7 @@ def measure(
             "shape": shape,
             "peer": name,
             "updates": (updates, None if name == HIERARCHICAL else most),
+            "labels": arguments.labels,
             "seconds": times.ours,
             "peer_seconds": times.theirs,
             "times_faster": times.ratio,
@@ -149,6 +158,7 @@ def main() -> None:
     usual = ["SuperKMeans", "faiss", "sklearnex"]
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=usual)
     parser.add_argument("--updates", type=int, default=25, help="updates of the others")
+    parser.add_argument("--labels", action="store_true", help="SuperKMeans assigns its rows too")
     parser.add_argument("--repeats", type=int, default=5, help="paired runs of each case")
     parser.add_argument("--cpu", action="store_true", help="CPU seconds; one thread if pinned")
     parser.add_argument("--activations", action="store_true", help="ours computes these too")
