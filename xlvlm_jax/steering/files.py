@@ -171,7 +171,7 @@ def common_model(sources: Sequence[Mapping[str, Any]], doing: str) -> dict[str, 
     Returns:
         The entries of `same_model.model_of` in the first source that has a fingerprint; if none
         has, those of the first source, if there is one. The adapter is that of the first source
-        that says which, or that there is none.
+        that says which; that there is none, only if all say so.
 
     Raises:
         ValueError: two were fitted on different models, or with different adapters, or one without.
@@ -195,6 +195,9 @@ def common_model(sources: Sequence[Mapping[str, Any]], doing: str) -> dict[str, 
     told: dict[str, Any] = {}
     for source in [*known[:1], *[*of_model, *sources][:1]]:  # the latter counts
         told |= {name: source[name] for name in same_model.MODEL if name in source}
+    # That there is none is known only if all say so.
+    if told.get(same_model.ADAPTER, "") is None and len(known) < len(sources):
+        told = {name: told[name] for name in told if not name.startswith("adapter")}
     return {name: told[name] for name in same_model.MODEL if name in told}
 
 
