@@ -141,7 +141,8 @@ covariance, which makes no updates. Devices are parts of one CPU and share its c
 says nothing about that of real ones. "Exchanged" are the bytes of the arrays that collectives sum
 or gather, on each device and update, read from the compiled program: they depend on K and D, but
 not on the rows. "Beyond Z" is the peak of a whole solve beyond Z and what the process took before,
-without activations for k-means (4 N K bytes).
+without activations for k-means (4 N K bytes). The lines of a million rows with 256 concepts and
+more are newer than the others and not in the plot; semi-NMF ran beside other programs.
 
 ![Time, memory and bytes exchanged](resources.svg)
 
