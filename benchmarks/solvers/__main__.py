@@ -85,13 +85,7 @@ def cases(
 
             yield name, (partial(decompose, on_device, K, key=KEY, alpha=alpha), found, objective)
     elif method == "kmeans":
-        ours = partial(decompose, on_device, K, "kmeans", key=KEY)
-        if in_columns(len(Z), Z.shape[1], K):
-            # The others start where ours does; what choosing the start takes is in our time alone.
-            start = np.array(ours(max_iter=0).components)
-        else:
-            start = Z[np.random.default_rng(0).choice(len(Z), K, replace=False)]
-            ours = partial(ours, init=start)
+        ours, start = from_one_start(on_device, Z, K)
         yield (
             method,
             (ours, peers.kmeans(Z, K, start), partial(_of_components, matrices.inertia, Z)),
@@ -106,10 +100,17 @@ def cases(
         yield "pca, from numpy", (ours, peers.pca(Z, K), explained)
 
 
-def in_columns(N: int, D: int, K: int) -> bool:
-    """Returns whether k-means works in a few columns, which it does without given centroids."""
-    plan, _ = kmeans.plan(KEY, width=D, num_samples=N, num_concepts=(K,))
-    return plan.compressed > 0
+def from_one_start(given: Any, Z: np.ndarray, K: int) -> tuple[Callable[..., Concepts], np.ndarray]:
+    """Returns our k-means of the rows as they are given, and where the others start.
+
+    In a few columns, ours chooses its start, which takes time in ours alone; otherwise it is rows.
+    """
+    ours = partial(decompose, given, K, "kmeans", key=KEY)
+    plan, _ = kmeans.plan(KEY, width=Z.shape[1], num_samples=len(Z), num_concepts=(K,))
+    if plan.compressed:
+        return ours, np.array(ours(max_iter=0).components)
+    start = np.array(Z[np.random.default_rng(0).choice(len(Z), K, replace=False)])
+    return partial(ours, init=start), start
 
 
 def _of_components(objective: Callable, Z: np.ndarray, result: Any) -> float:

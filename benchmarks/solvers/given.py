@@ -22,7 +22,7 @@ from rich.table import Table
 
 from benchmarks.measure import save, seconds
 from benchmarks.solvers import matrices, peers
-from benchmarks.solvers.__main__ import KEY, in_columns, size_of
+from benchmarks.solvers.__main__ import KEY, from_one_start, size_of
 from xlvlm_jax.concepts.decomposition import decompose
 
 SIZES = [(3000, 4096, 20), (20000, 512, 20), (20000, 512, 256), (10000, 4096, 256)]
@@ -43,13 +43,7 @@ def calls(method: str, Z: Any, K: int) -> tuple[Callable[[], Any], Callable[[], 
     theirs = np.asarray(Z)
     if method == "pca":
         return partial(decompose, Z, K, "pca", key=KEY), peers.pca(theirs, K)["PCA"]
-    ours = partial(decompose, Z, K, "kmeans", key=KEY)
-    if in_columns(*theirs.shape, K):
-        # scikit-learn starts where ours does; what choosing the start takes is in our time alone.
-        start = np.array(ours(max_iter=0).components)
-    else:
-        start = np.array(theirs[np.random.default_rng(0).choice(len(theirs), K, replace=False)])
-        ours = partial(ours, init=start)
+    ours, start = from_one_start(Z, theirs, K)
     return ours, peers.kmeans(theirs, K, start)["KMeans"]
 
 

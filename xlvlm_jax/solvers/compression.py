@@ -85,15 +85,10 @@ def compress_by_sample(
     num_samples: Int[Array, ""] | int,
     rows: Rows = ONE_DEVICE,
     centre: Centre | None = None,
-    sample: int = SAMPLE,
-    rounds: int = 1,
 ) -> Compressed:
-    """Like `compress`, with the leading directions of a sample of the first `num_samples` rows.
-
-    The sample has `sample` rows per direction; `rounds` are those of `directions_of_sample`.
-    """
+    """Like `compress`, with the leading directions of a sample of the first `num_samples` rows."""
     mean = None if centre is None else centre.mean
-    basis = basis_of_sample(Z, key, width, num_samples, rows, mean, sample, rounds)
+    basis = basis_of_sample(Z, key, width, num_samples, rows, mean)
     return Compressed(basis, _in(Z, basis, centre))
 
 
@@ -107,7 +102,10 @@ def basis_of_sample(
     sample: int = SAMPLE,
     rounds: int = 1,
 ) -> Float[Array, "D R"]:
-    """Returns the directions of `compress_by_sample`."""
+    """Returns the directions of `compress_by_sample`.
+
+    The sample has `sample` rows per direction; `rounds` are those of `directions_of_sample`.
+    """
     row_key, key = jax.random.split(key)
     X = rows.take(Z, draw_rows(row_key, num_samples, sample * width, len(Z), rows))
     return directions_of_sample(X if mean is None else X - mean, key, width, rounds)

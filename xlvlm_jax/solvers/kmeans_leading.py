@@ -32,7 +32,6 @@ and SuperKMeans. They test random columns and may err; the bound above does not.
 N rows, D width, K centroids, R columns of the basis, B rows per block, C centroids per chunk.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -358,8 +357,10 @@ def renew(
         z = Z[order[at]] - mean
         return biases[labels] - 2 * products_of(z, offsets[labels])
 
-    def of_own(i: Array, uppers: Array, numbers: Array) -> Array:
-        chosen = jax.lax.dynamic_slice_in_dim(numbers, i * size, size)
+    opened, of_open = numbers_of(is_open, size)
+
+    def of_own(i: Array, uppers: Array) -> Array:
+        chosen = jax.lax.dynamic_slice_in_dim(of_open, i * size, size)
         at = jnp.minimum(chosen, N - 1)
         return uppers.at[chosen].set(scores_of(at, before[at]), mode="drop")
 
@@ -387,8 +388,7 @@ def renew(
 
         return jax.lax.fori_loop(0, -(-opened // size), some, found)
 
-    opened, numbers = numbers_of(is_open, size)
-    uppers = jax.lax.fori_loop(0, -(-opened // size), partial(of_own, numbers=numbers), uppers)
+    uppers = jax.lax.fori_loop(0, -(-opened // size), of_own, uppers)
     found = before, uppers, floors
     found = jax.lax.fori_loop(0, jnp.where(hopeless, 0, most), evaluate, found)
     labels, uppers, floors = found
